@@ -1,0 +1,1 @@
+"""What second order costs, measured."""

@@ -1,0 +1,1 @@
+"""jmeta: functional meta-learning for JAX."""

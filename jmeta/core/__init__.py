@@ -1,0 +1,1 @@
+"""What a meta-gradient is. Imports jax and optax only."""

@@ -1,0 +1,1 @@
+"""Networks as pure functions on nested dicts of arrays, and adapters for module libraries."""

@@ -1,0 +1,1 @@
+"""Running it: training, checkpoints, configuration and reports."""

@@ -1,0 +1,1 @@
+"""What is learned from: episode samplers and the built-in tasks."""

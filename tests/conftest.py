@@ -1,0 +1,35 @@
+"""Strict settings for every test: eight CPU devices, no silent promotion, no network."""
+
+import os
+import pathlib
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def x64():
+    """Run the test in float64: oracles are compared at 1e-10."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def jmeta_data() -> pathlib.Path:
+    """The folder of optional real data sets, named by JMETA_DATA."""
+    folder = os.environ.get("JMETA_DATA")
+    if not folder:
+        pytest.skip("JMETA_DATA is not set: this test reads real data sets from that folder")
+    return pathlib.Path(folder)
