@@ -1,4 +1,4 @@
-"""The core types: data of a task, a problem to differentiate, and an estimator of its meta-gradient.
+"""The core types: data of a task, a problem to differentiate, an estimator of its meta-gradient.
 
 Everything else in jmeta takes or returns one of these; all of them are pytrees or plain functions.
 """

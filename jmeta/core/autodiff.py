@@ -1,0 +1,315 @@
+"""The three ways to differentiate an inner gradient, and scans that trade time for memory.
+
+An inner gradient is ``(fast, meta, batch, key) -> (loss, aux, grads)``; they differ only in what
+the derivative of ``grads`` is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias, cast, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.extend import core as jex
+
+from jmeta.core.types import Array, Key, LossFn, PyTree
+
+InnerGradFn: TypeAlias = Callable[[PyTree, PyTree, PyTree, Key], tuple[Array, PyTree, PyTree]]
+GradTransform: TypeAlias = Callable[[LossFn], InnerGradFn]
+Remat: TypeAlias = Literal["none", "step", "nested"]
+
+
+def reverse_grad(loss: LossFn) -> InnerGradFn:
+    r"""The inner gradient, differentiated by reverse mode over reverse mode: the reference.
+
+    Args:
+        loss: ``(fast, meta, batch, key) -> (loss, aux)``.
+
+    Returns:
+        ``(fast, meta, batch, key) -> (loss, aux, grads)``, grads with respect to ``fast``.
+
+    Example:
+        >>> square = lambda fast, meta, batch, key: (fast**2, {})
+        >>> reverse_grad(square)(3.0, None, None, None)[2]
+        Array(6., dtype=float32, weak_type=True)
+    """
+    transformed = jax.value_and_grad(loss, has_aux=True)
+
+    def value_and_grad(fast: PyTree, meta: PyTree, batch: PyTree, key: Key):
+        (value, aux), grads = transformed(fast, meta, batch, key)
+        return value, jax.lax.stop_gradient(aux), grads
+
+    return value_and_grad
+
+
+def stopped_grad(loss: LossFn) -> InnerGradFn:
+    r"""The inner gradient as a constant: what *first order* means.
+
+    Only the gradient is stopped, not the parameters, so weight decay and an optimizer's dependence
+    on meta keep their derivatives. The loss keeps its derivative too (``online`` needs it).
+
+    Args:
+        loss: ``(fast, meta, batch, key) -> (loss, aux)``.
+
+    Returns:
+        ``(fast, meta, batch, key) -> (loss, aux, grads)``.
+
+    Example:
+        >>> cube = lambda fast, meta, batch, key: (fast**3, {})
+        >>> float(jax.grad(lambda x: stopped_grad(cube)(x, None, None, None)[2])(2.0))
+        0.0
+    """
+
+    def value_and_grad(fast: PyTree, meta: PyTree, batch: PyTree, key: Key):
+        value, pullback, aux = jax.vjp(lambda f: loss(f, meta, batch, key), fast, has_aux=True)
+        (grads,) = pullback(jnp.ones_like(value))
+        return value, jax.lax.stop_gradient(aux), jax.lax.stop_gradient(grads)
+
+    return value_and_grad
+
+
+def mixed_mode_grad(loss: LossFn) -> InnerGradFn:
+    r"""The inner gradient, differentiated by forward mode over reverse mode; exact.
+
+    The backward pass of an inner step needs only the vector-Jacobian product of the gradient, and
+    the Hessian is symmetric, so one Jacobian-vector product gives all of it:
+
+    .. math::
+        v^\top \frac{\partial}{\partial(\theta, \phi)} \nabla_\theta L
+        = \frac{d}{d\epsilon} \nabla_{(\theta, \phi)} L(\theta + \epsilon v, \phi).
+
+    Nothing of the inner gradient is stored but its inputs. Leaves that the loss never reads are
+    found in its jaxpr and get no cotangent at all.
+
+    Args:
+        loss: ``(fast, meta, batch, key) -> (loss, aux)``; it may close over traced values.
+
+    Returns:
+        ``(fast, meta, batch, key) -> (loss, aux, grads)``, to be differentiated in reverse mode.
+
+    Example:
+        >>> cube = lambda fast, meta, batch, key: (meta * fast**3, {})
+        >>> gradient = lambda x, m: mixed_mode_grad(cube)(x, m, None, None)[2]
+        >>> [float(d) for d in jax.grad(gradient, argnums=(0, 1))(2.0, 5.0)]
+        [60.0, 12.0]
+
+    Source: Kemaev et al., "Scalable Meta-Learning via Mixed-Mode Differentiation" (2025).
+    """
+
+    def value_and_grad(fast: PyTree, meta: PyTree, batch: PyTree, key: Key):
+        # As a jaxpr the loss has no hidden inputs: what it closes over becomes an argument.
+        fast = jax.tree.map(jnp.asarray, fast)
+        jaxpr, shapes = jax.make_jaxpr(loss, return_shape=True)(fast, meta, batch, key)
+        fast_leaves, fast_structure = jax.tree.flatten(fast)
+        inputs = [*fast_leaves, *jax.tree.leaves((meta, batch, key)), *jaxpr.consts]
+        order = [*jaxpr.jaxpr.invars, *jaxpr.jaxpr.constvars]
+        read = variables_read(jaxpr.jaxpr, [jaxpr.jaxpr.outvars[0]])
+        moved = len(fast_leaves)
+        differentiable = [
+            position
+            for position in range(moved, len(inputs))
+            if order[position] in read and jnp.issubdtype(order[position].aval.dtype, jnp.inexact)
+        ]
+        static = [p for p in range(moved, len(inputs)) if p not in set(differentiable)]
+        end = len(jaxpr.jaxpr.invars)
+
+        def flat_loss(weights: Sequence[Array], others: dict[int, Array]) -> tuple[Array, Any]:
+            consts = [others[p] for p in range(end, len(inputs))]
+            evaluate = jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr.jaxpr, consts))
+            value, *aux = evaluate(*weights, *(others[p] for p in range(moved, end)))
+            return value, aux
+
+        value, aux, grads = _mixed_mode(
+            flat_loss,
+            fast_leaves,
+            {p: inputs[p] for p in differentiable},
+            {p: inputs[p] for p in static},
+        )
+        _, aux_shapes = cast(tuple[Any, Any], shapes)
+        aux = jax.tree.unflatten(jax.tree.structure(aux_shapes), aux)
+        return value, jax.lax.stop_gradient(aux), jax.tree.unflatten(fast_structure, grads)
+
+    return value_and_grad
+
+
+def _mixed_mode(
+    flat_loss: Callable[[Sequence[Array], dict[int, Array]], tuple[Array, Any]],
+    weights: list[Array],
+    moving: dict[int, Array],
+    static: dict[int, Any],
+) -> tuple[Array, list[Any], list[Array]]:
+    """Value, aux and gradient of a flat loss, with a forward-over-reverse derivative."""
+
+    @jax.custom_vjp
+    def primitive(weights, moving, static):
+        (value, aux), grads = jax.value_and_grad(flat_loss, has_aux=True)(
+            weights, {**moving, **static}
+        )
+        return value, aux, grads
+
+    def forward(weights, moving, static):
+        # Only inputs that are being differentiated get a cotangent; the others stay constants.
+        perturbed = {p: leaf.value for p, leaf in moving.items() if leaf.perturbed}
+        constant = {p: leaf.value for p, leaf in moving.items() if not leaf.perturbed}
+        constant |= jax.tree.map(lambda leaf: leaf.value, static, is_leaf=_is_primal)
+        weights = [leaf.value for leaf in weights]
+        return primitive(
+            weights,
+            {p: leaf.value for p, leaf in moving.items()},
+            {p: constant[p] for p in static},
+        ), (weights, perturbed, constant)
+
+    def backward(residuals, cotangents):
+        weights, perturbed, constant = residuals
+        value_bar, _, grads_bar = cotangents
+        direction = [_dense(bar) for bar in grads_bar]
+
+        def gradients(weights):
+            def value(weights, perturbed):
+                return flat_loss(weights, {**perturbed, **constant})[0]
+
+            return jax.grad(value, argnums=(0, 1))(weights, perturbed)
+
+        first, second = jax.jvp(gradients, (weights,), (direction,))
+        if not isinstance(value_bar, SymbolicZero):  # the loss itself is scored: ``online``
+            second = jax.tree.map(lambda f, s: value_bar.astype(f.dtype) * f + s, first, second)
+        weights_bar, perturbed_bar = second
+        moving_bar = {p: perturbed_bar.get(p) for p in (*perturbed, *constant) if p in moving}
+        return weights_bar, moving_bar, None
+
+    primitive.defvjp(forward, backward, symbolic_zeros=True)
+    return primitive(weights, moving, static)
+
+
+def _is_primal(leaf: Any) -> bool:
+    return hasattr(leaf, "perturbed")
+
+
+def _dense(cotangent: Any) -> Array:
+    if isinstance(cotangent, SymbolicZero):
+        return jnp.zeros(cotangent.shape, cotangent.dtype)
+    return cotangent
+
+
+def variables_read(jaxpr: Any, outputs: Sequence[Any]) -> set[Any]:
+    """The variables of a jaxpr on which some of its outputs depend.
+
+    Calls (``jit``, ``remat``, ``custom_jvp``) are followed inside; loops and conditionals count
+    all their inputs as read, which is never wrong, only less sharp.
+
+    Args:
+        jaxpr: an open jaxpr.
+        outputs: some of its output variables.
+
+    Returns:
+        The set of variables that can reach them, inputs and constants among them.
+
+    Example:
+        >>> jaxpr = jax.make_jaxpr(lambda x, y: (x * 2, y))(1.0, 1.0).jaxpr
+        >>> read = variables_read(jaxpr, [jaxpr.outvars[0]])
+        >>> [v in read for v in jaxpr.invars]
+        [True, False]
+    """
+    live = {v for v in outputs if not isinstance(v, jex.Literal)}
+    for eqn in reversed(jaxpr.eqns):
+        wanted = [i for i, v in enumerate(eqn.outvars) if v in live]
+        if not wanted:
+            continue
+        inner = next(
+            (eqn.params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in eqn.params), None
+        )
+        body = getattr(inner, "jaxpr", inner)
+        is_call = (
+            body is not None
+            and eqn.primitive.name not in ("scan", "while", "cond")
+            and len(body.invars) == len(eqn.invars)
+            and len(body.outvars) == len(eqn.outvars)
+        )
+        if is_call:
+            read = variables_read(body, [body.outvars[i] for i in wanted])
+            sources = [v for v, b in zip(eqn.invars, body.invars, strict=True) if b in read]
+        else:
+            sources = eqn.invars
+        live.update(v for v in sources if not isinstance(v, jex.Literal))
+    return live
+
+
+def scan_steps(
+    step: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]],
+    carry: PyTree,
+    xs: PyTree,
+    length: int,
+    remat: Remat = "none",
+) -> tuple[PyTree, PyTree]:
+    r"""``jax.lax.scan`` over inner steps, with a choice of what the backward pass recomputes.
+
+    ``"none"`` stores every step's residuals; ``"step"`` stores each step's carry and recomputes
+    the step; ``"nested"`` stores the carry of every block of about :math:`\sqrt{T}` steps and
+    recomputes a block at a time, so that memory grows as :math:`O(\sqrt T)`.
+
+    Args:
+        step: ``(carry, x) -> (carry, y)``.
+        carry: the initial carry.
+        xs: a pytree of arrays ``[length, ...]``.
+        length: number of steps, at least one.
+        remat: which of the three.
+
+    Returns:
+        The last carry and the stacked outputs ``[length, ...]``.
+
+    Raises:
+        ValueError: an unknown ``remat``.
+
+    Example:
+        >>> add = lambda carry, x: (carry + x, carry)
+        >>> carry, ys = scan_steps(add, 0.0, jnp.arange(4.0), 4, "nested")
+        >>> float(carry), ys.tolist()
+        (6.0, [0.0, 0.0, 1.0, 3.0])
+    """
+    if remat not in get_args(Remat):
+        raise ValueError(f"remat is {remat!r}; choose one of {', '.join(get_args(Remat))}")
+    if remat == "none":
+        return jax.lax.scan(step, carry, xs, length=length)
+    # Inside a scan nothing can be merged across the recomputation, so no barrier is needed.
+    step = jax.checkpoint(step, prevent_cse=False)
+    if remat == "step" or length < 4:
+        return jax.lax.scan(step, carry, xs, length=length)
+    size = block_length(length)
+    count = length // size
+    whole = count * size
+
+    def block(carry: PyTree, xs: PyTree) -> tuple[PyTree, PyTree]:
+        return jax.lax.scan(step, carry, xs, length=size)
+
+    blocks = jax.tree.map(lambda x: x[:whole].reshape(count, size, *x.shape[1:]), xs)
+    carry, ys = jax.lax.scan(jax.checkpoint(block, prevent_cse=False), carry, blocks, length=count)
+    ys = jax.tree.map(lambda y: y.reshape(whole, *y.shape[2:]), ys)
+    if whole < length:  # a prime number of steps: the last few are a shorter block
+        carry, tail = jax.lax.scan(
+            step, carry, jax.tree.map(lambda x: x[whole:], xs), length=length - whole
+        )
+        ys = jax.tree.map(lambda y, t: jnp.concatenate([y, t]), ys, tail)
+    return carry, ys
+
+
+def block_length(length: int) -> int:
+    r"""The number of steps in one block of a nested scan.
+
+    Args:
+        length: number of steps in all.
+
+    Returns:
+        The divisor nearest to :math:`\sqrt{T}`, or :math:`\lfloor\sqrt T\rfloor` where every
+        divisor is further from it than a factor of two.
+
+    Example:
+        >>> block_length(64), block_length(12), block_length(13)
+        (8, 3, 3)
+    """
+    root = math.sqrt(length)
+    divisors = [d for d in range(1, length + 1) if length % d == 0]
+    best = min(divisors, key=lambda d: abs(d - root))
+    return best if root / 2 <= best <= root * 2 else math.isqrt(length)

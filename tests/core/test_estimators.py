@@ -1,0 +1,351 @@
+"""Every estimator against the closed form of what it computes, in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jmeta
+from jmeta import Episode, Problem, Steps
+from jmeta.testing import central_differences, quadratic, relative_error
+
+pytestmark = pytest.mark.usefixtures("x64")
+EXACT = {
+    "unrolled": jmeta.unrolled,
+    "mixed_mode": jmeta.mixed_mode,
+    "forward": lambda problem, steps, remat="none", **kw: jmeta.forward(problem, steps, **kw),
+}
+
+
+def grads_of(mg, meta, episode, key=None):
+    run = jax.jit(lambda meta, episode, key: mg.estimate(meta, mg.init(meta, key), episode, key)[0])
+    return run(meta, episode, key)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 7])
+@pytest.mark.parametrize("name", EXACT)
+def test_exact_estimators_equal_the_closed_form(name, steps):
+    q = quadratic()
+    grads = grads_of(EXACT[name](q.problem, steps), q.meta, q.episode)
+    assert relative_error(grads, q.exact(steps)) < 1e-10
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5])
+def test_first_order_and_reptile_equal_their_closed_forms(steps):
+    q = quadratic(seed=1)
+    first = grads_of(jmeta.first_order(q.problem, steps), q.meta, q.episode)
+    assert relative_error(first, q.first_order(steps)) < 1e-10
+    moved = grads_of(jmeta.reptile(q.problem, steps), q.meta, q.episode)
+    assert float(jnp.max(jnp.abs(moved - q.reptile(steps)))) < 1e-10
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_multi_step_is_the_weighted_sum_over_the_path(name):
+    q = quadratic(seed=2)
+    weights = jnp.asarray([0.2, 0.5, 0.3])
+    mg = EXACT[name](q.problem, 3, objective=jmeta.multi_step(weights))
+    expected = sum(w * q.exact(t + 1) for t, w in enumerate(weights))
+    assert relative_error(grads_of(mg, q.meta, q.episode), expected) < 1e-10
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("name", [*EXACT, "first_order"])
+def test_online_scores_each_chunk_before_the_update(name, shared):
+    q = quadratic(seed=3)
+    loss = q.problem.inner_loss
+    other = loss if shared else (lambda *args: loss(*args))
+    problem = q.problem._replace(outer_loss=other)
+    chunks = jax.random.normal(jax.random.key(5), (4, 5))
+    eye, fast, expected, value = jnp.eye(5), q.meta, 0.0, 0.0
+    for t, chunk in enumerate(chunks):
+        slope = q.inner_matrix @ (fast - chunk)
+        path = jnp.linalg.matrix_power(eye - q.rate * q.inner_matrix, t)
+        expected += (path if name in EXACT else eye) @ slope / 4
+        value += 0.5 * (fast - chunk) @ slope / 4
+        fast = fast - q.rate * slope
+    make = {**EXACT, "first_order": jmeta.first_order}[name]
+    mg = make(problem, 4, objective=jmeta.online)
+    grads, _, info = mg.estimate(q.meta, (), Episode(Steps(chunks)), None)
+    assert relative_error(grads, expected) < 1e-10
+    assert abs(float(info.loss - value)) < 1e-12
+
+
+def learned_target(q):
+    """The inner loss pulls to meta, from a fixed start: meta is read by the loss alone."""
+
+    def inner(fast, meta, batch, key):
+        return 0.5 * (fast - meta) @ q.inner_matrix @ (fast - meta), {}
+
+    return q.problem._replace(inner_loss=inner, init=lambda meta, key: jnp.zeros_like(meta))
+
+
+@pytest.mark.parametrize("window", [0, 1, 3, 6])
+def test_truncated_sees_the_last_window_only(window):
+    q = quadratic(seed=4)
+    problem, eye = learned_target(q), jnp.eye(5)
+    adapted = q.meta - q.contraction(6) @ q.meta
+    expected = (eye - q.contraction(window)) @ q.outer_matrix @ (adapted - q.episode.query)
+    if window == 0:
+        with pytest.raises(ValueError, match="exactly zero"):
+            grads_of(jmeta.truncated(problem, 6, window=0), q.meta, q.episode)
+        return
+    grads = grads_of(jmeta.truncated(problem, 6, window=window), q.meta, q.episode)
+    assert relative_error(grads, expected) < 1e-10
+
+
+def test_implicit_equals_the_dense_solve_at_the_optimum():
+    q = quadratic(seed=5)
+    strength = 0.7
+    problem = jmeta.proximal(q.problem, strength)
+    hessian = q.inner_matrix + strength * jnp.eye(5)
+    optimum = jnp.linalg.solve(hessian, q.inner_matrix @ q.episode.support + strength * q.meta)
+    slope = q.outer_matrix @ (optimum - q.episode.query)
+    expected = strength * jnp.linalg.solve(hessian, slope)
+    mg = jmeta.implicit(problem, 1000, solver=jmeta.cg(50, tol=1e-13))
+    grads, _, info = mg.estimate(q.meta, (), q.episode, None)
+    assert relative_error(grads, expected) < 1e-10
+    assert float(info.diagnostics["residual"]) < 1e-10
+    assert float(info.diagnostics["stationarity"]) < 1e-10
+
+    damped = jmeta.implicit(problem, 1000, solver=jmeta.cg(50, tol=1e-13, damping=0.4))
+    expected = strength * jnp.linalg.solve(hessian + 0.4 * jnp.eye(5), slope)
+    assert relative_error(grads_of(damped, q.meta, q.episode), expected) < 1e-10
+
+    rate, terms = 0.2, 7
+    series = sum(jnp.linalg.matrix_power(jnp.eye(5) - rate * hessian, i) for i in range(terms))
+    series_mg = jmeta.implicit(problem, 1000, solver=jmeta.neumann(terms, rate=rate))
+    expected = strength * rate * series @ slope
+    assert relative_error(grads_of(series_mg, q.meta, q.episode), expected) < 1e-10
+
+    t1t2 = jmeta.implicit(problem, 1000, solver=jmeta.identity(0.3))
+    assert relative_error(grads_of(t1t2, q.meta, q.episode), strength * 0.3 * slope) < 1e-10
+
+
+def test_implicit_averages_the_batches_of_steps():
+    q = quadratic(seed=6)
+    problem = jmeta.proximal(q.problem, 1.0)
+    targets = jnp.stack([q.episode.support] * 800)
+    one = grads_of(jmeta.implicit(problem, 800), q.meta, q.episode)
+    many = grads_of(jmeta.implicit(problem, 800), q.meta, Episode(Steps(targets), q.episode.query))
+    assert relative_error(many, one) < 1e-8
+
+
+def test_evolution_is_unbiased_for_the_smoothed_objective():
+    # For a quadratic the smoothed gradient is the gradient itself.
+    q = quadratic(seed=7)
+    mg = jmeta.evolution(q.problem, 3, pairs=64, sigma=0.3)
+    draws = jax.vmap(lambda k: grads_of(mg, q.meta, q.episode, k))(
+        jax.random.split(jax.random.key(0), 400)
+    )
+    error = draws.std(axis=0, ddof=1) / np.sqrt(len(draws))
+    assert np.all(np.abs(draws.mean(axis=0) - q.exact(3)) < 4 * error)
+
+
+def test_persistent_evolution_is_unbiased_for_the_whole_unroll():
+    # A learned target read by every step: two unrolls of two steps. PES sums to the gradient of
+    # L(theta_2) + L(theta_4), each perturbation living in its own unroll; plain ES would not.
+    q = quadratic(seed=8, dim=3)
+    problem = learned_target(q)
+
+    def total(meta):
+        values = []
+        for steps in (2, 4):
+            fast = meta - q.contraction(steps) @ meta
+            values.append(
+                0.5 * (fast - q.episode.query) @ q.outer_matrix @ (fast - q.episode.query)
+            )
+        return sum(values)
+
+    mg = jmeta.evolution(problem, 2, pairs=64, sigma=0.2, persistent=True)
+
+    def both(key):
+        first, second = jax.random.split(key)
+        state = mg.init(q.meta, first)
+        one, state, _ = mg.estimate(q.meta, state, q.episode, first)
+        two, _, _ = mg.estimate(q.meta, state, q.episode, second)
+        return one + two
+
+    draws = jax.vmap(both)(jax.random.split(jax.random.key(1), 600))
+    error = draws.std(axis=0, ddof=1) / np.sqrt(len(draws))
+    assert np.all(np.abs(draws.mean(axis=0) - jax.grad(total)(q.meta)) < 4 * error)
+
+
+def network_problem(optimizer, soft=True):
+    """A two-layer network with soft labels made from meta, a learned rate and an encoder."""
+
+    def forward(fast, x):
+        return jnp.tanh(x @ fast["a"]["w"] + fast["a"]["b"][None]) @ fast["b"]["w"]
+
+    def inner(fast, meta, batch, key):
+        logits = forward(fast, batch["x"])
+        targets = jax.nn.softmax(batch["soft"])
+        loss = -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1))
+        noise = 0.0 if key is None else jax.random.normal(key, ())
+        return loss + noise * jnp.sum(fast["a"]["b"] ** 2), {"logits": logits}
+
+    def outer(fast, meta, batch, key):
+        logits = forward(fast, batch["x"])
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["y"][:, None], axis=1)
+        return -jnp.mean(picked), {"first": logits[0, 0]}
+
+    def encode(meta, batch, key):
+        return {**batch, "soft": batch["x"] @ meta["teacher"]}
+
+    keys = jax.random.split(jax.random.key(0), 6)
+    net = {
+        "a": {"w": jax.random.normal(keys[0], (3, 4)), "b": jnp.full((4,), 0.1)},
+        "b": {"w": jax.random.normal(keys[1], (4, 2))},
+    }
+    meta = {"net": net, "teacher": jax.random.normal(keys[2], (3, 2)), "rate": jnp.asarray(-1.0)}
+    batch = lambda k: {
+        "x": jax.random.normal(k, (6, 3)),
+        "y": jax.random.randint(k, (6,), 0, 2),
+    }
+    episode = Episode(batch(keys[3]), batch(keys[4]))
+    problem = Problem(
+        inner,
+        outer,
+        lambda meta: optimizer(jnp.exp(meta["rate"])),
+        init=lambda meta, key: meta["net"],
+        encode=encode,
+    )
+    return problem, meta, episode
+
+
+OPTIMIZERS = {
+    "sgd": optax.sgd,
+    "momentum": lambda rate: optax.sgd(rate, momentum=0.9, nesterov=True),
+    "adam": lambda rate: optax.adam(rate, eps_root=1e-16),
+    "clipped": lambda rate: optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(rate)),
+}
+
+
+@pytest.fixture
+def standard_promotion():
+    """Optax's bias correction mixes dtypes in float64; jmeta itself stays strict."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("keyed", [False, True])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_exact_estimator_agrees_with_central_differences(optimizer, keyed):
+    problem, meta, episode = network_problem(OPTIMIZERS[optimizer])
+    key = jax.random.key(3) if keyed else None
+
+    def value(meta):
+        return jmeta.unrolled(problem, 4).estimate(meta, (), episode, key)[2].loss
+
+    reference = grads_of(jmeta.unrolled(problem, 4), meta, episode, key)
+    assert relative_error(reference, central_differences(value, meta)) < 1e-7
+    for name, make in EXACT.items():
+        for remat in ("none", "step", "nested") if name != "forward" else ("none",):
+            grads = grads_of(make(problem, 4, remat=remat), meta, episode, key)
+            assert relative_error(grads, reference) < 1e-10, (name, remat)
+
+
+@pytest.mark.parametrize("objective", ["final", "multi", "online"])
+def test_mixed_mode_equals_reverse_under_jit_vmap_and_steps(objective):
+    problem, meta, _ = network_problem(optax.sgd)
+    chosen = {
+        "final": jmeta.final,
+        "multi": jmeta.multi_step([0.1, 0.2, 0.3, 0.4, 0.5]),
+        "online": jmeta.online,
+    }[objective]
+    keys = jax.random.split(jax.random.key(9), 3)
+    x = jax.random.normal(keys[0], (3, 5, 6, 3))
+    y = jax.random.randint(keys[1], (3, 5, 6), 0, 2)
+    episodes = Episode(Steps({"x": x, "y": y}), {"x": x[:, 0], "y": y[:, 0]})
+    results = []
+    for make in (jmeta.unrolled, jmeta.mixed_mode):
+        for remat in ("none", "nested"):
+            mg = jmeta.over_tasks(make(problem, 5, objective=chosen, remat=remat))
+            results.append(jax.jit(mg.estimate)(meta, (), episodes, keys[2])[0])
+    for other in results[1:]:
+        assert relative_error(other, results[0]) < 1e-10
+
+
+def test_mixed_mode_takes_a_loss_that_closes_over_traced_values():
+    problem, meta, episode = network_problem(optax.sgd)
+
+    def grads(make, scale):
+        def inner(fast, meta, batch, key):
+            loss, aux = problem.inner_loss(fast, meta, batch, key)
+            return loss * scale, aux
+
+        return make(problem._replace(inner_loss=inner), 3).estimate(meta, (), episode, None)[0]
+
+    exact = jax.jit(lambda s: grads(jmeta.unrolled, s))(1.5)
+    mixed = jax.jit(lambda s: grads(jmeta.mixed_mode, s))(1.5)
+    assert relative_error(mixed, exact) < 1e-10
+
+
+def test_the_estimators_differ_where_they_should():
+    problem, meta, episode = network_problem(optax.sgd)
+    exact = grads_of(jmeta.unrolled(problem, 4), meta, episode)
+    first = grads_of(jmeta.first_order(problem, 4), meta, episode)
+    assert relative_error(first, exact) > 1e-2
+    # The teacher is read through inner gradients alone: first order cannot see it.
+    assert float(jnp.max(jnp.abs(first["teacher"]))) == 0.0
+    # The learned rate multiplies the gradient: first order keeps its derivative.
+    assert abs(float(first["rate"])) > 1e-6
+
+
+def test_first_order_keeps_weight_decay():
+    q = quadratic(seed=11)
+    decay = 0.3
+    problem = q.problem._replace(
+        optimizer=lambda meta: optax.chain(optax.add_decayed_weights(decay), optax.sgd(q.rate))
+    )
+    grads = grads_of(jmeta.first_order(problem, 2), q.meta, q.episode)
+    fast = q.meta
+    for _ in range(2):
+        fast = fast - q.rate * (q.inner_matrix @ (fast - q.episode.support) + decay * fast)
+    expected = (1 - q.rate * decay) ** 2 * q.outer_matrix @ (fast - q.episode.query)
+    assert relative_error(grads, expected) < 1e-10
+
+
+@pytest.mark.parametrize("make", [jmeta.unrolled, jmeta.mixed_mode, jmeta.forward])
+def test_persistent_unrolls_continue_where_they_stopped(make):
+    q = quadratic(seed=12)
+    problem = learned_target(q)
+    mg = make(problem, 2, persistent=True)
+    state = mg.init(q.meta, None)
+    for part in range(3):
+        begin = state.fast
+        grads, state, _ = mg.estimate(q.meta, state, q.episode, None)
+        fast = q.meta + q.contraction(2) @ (begin - q.meta)
+        expected = (jnp.eye(5) - q.contraction(2)) @ q.outer_matrix @ (fast - q.episode.query)
+        assert relative_error(grads, expected) < 1e-10
+        assert relative_error(state.fast, fast) < 1e-12
+        assert int(state.step) == 2 * (part + 1)
+
+
+@pytest.mark.parametrize("microbatch", [None, 1, 2, 6])
+def test_over_tasks_is_the_mean_whatever_the_microbatch(microbatch):
+    q = quadratic(seed=13)
+    targets = jax.random.normal(jax.random.key(2), (2, 6, 5))
+    mg = jmeta.over_tasks(jmeta.mixed_mode(q.problem, 3), microbatch=microbatch)
+    grads, _, info = mg.estimate(q.meta, (), Episode(*targets), None)
+    each = [q._replace(episode=Episode(targets[0, i], targets[1, i])).exact(3) for i in range(6)]
+    assert relative_error(grads, sum(each) / 6) < 1e-10
+    assert float(info.grad_norm) == pytest.approx(float(jnp.linalg.norm(sum(each) / 6)), rel=1e-12)
+
+
+def test_over_tasks_keeps_one_state_and_one_key_for_each_task():
+    problem, meta, episode = network_problem(optax.sgd)
+    episodes = jax.tree.map(lambda x: jnp.stack([x] * 4), episode)
+    single = jmeta.mixed_mode(problem, 2, persistent=True)
+    key = jax.random.key(4)
+    results = []
+    for microbatch in (None, 2):
+        mg = jmeta.over_tasks(single, tasks=4, microbatch=microbatch)
+        state = mg.init(meta, key)
+        assert state.step.shape == (4,)
+        grads, state, _ = mg.estimate(meta, state, episodes, key)
+        results.append((grads, state.fast))
+    assert relative_error(results[1], results[0]) < 1e-12
+    weights = results[0][1]["a"]["w"]
+    assert float(jnp.max(jnp.abs(weights[0] - weights[1]))) > 1e-6  # keys differ between tasks
