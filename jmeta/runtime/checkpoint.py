@@ -1,0 +1,434 @@
+"""Checkpoints of a whole run through orbax, and one user's parameters as a single safetensors file.
+
+Nothing is pickled; files appear whole or not at all; damaged ones are found out and stepped over.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+import shutil
+import warnings
+import zlib
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jmeta.core.types import Array, PyTree
+from jmeta.runtime.files import write_atomically
+from jmeta.runtime.train import describe, leaf_name
+
+_MAX_SHOWN = 5
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or none could be read."""
+
+
+class Restored(NamedTuple):
+    """What ``restore`` returns.
+
+    Attributes:
+        step: the step the tree was saved at.
+        tree: the saved tree, in the template's structure, dtypes and shardings.
+        extra: the JSON values saved beside it.
+    """
+
+    step: int
+    tree: PyTree
+    extra: dict[str, Any]
+
+
+def open_checkpoints(folder: str | os.PathLike, *, keep: int = 3, best: str | None = None) -> Any:
+    """Open, or create, a folder of checkpoints.
+
+    Args:
+        folder: where; each checkpoint is a sub-folder named by its step.
+        keep: how many of the newest stay; 0 keeps all.
+        best: ``"max:accuracy"`` or ``"min:loss"``: the best by that metric stays too.
+
+    Returns:
+        An orbax ``CheckpointManager``: a context manager, asynchronous, atomic.
+    """
+    import orbax.checkpoint as ocp
+
+    folder, policies = pathlib.Path(folder).absolute(), ocp.checkpoint_managers
+    kept: Any = policies.LatestN(keep or None)
+    score = partial(_score, *parse_best(best)) if best is not None else None
+    if score is not None:
+        top = policies.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False)
+        kept = policies.AnyPreservationPolicy([kept, top])
+    _forget_unreadable_metrics(folder)
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=kept,
+        best_fn=score,  # orbax writes metrics only if it is set
+        enable_async_checkpointing=True,
+        cleanup_tmp_directories=True,
+    )
+    return ocp.CheckpointManager(folder, options=options)
+
+
+def save(
+    manager: Any,
+    step: int,
+    tree: PyTree,
+    *,
+    extra: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, float] | None = None,
+) -> None:
+    """Save a tree of arrays in the background; returns once it is copied from the device.
+
+    Args:
+        manager: from ``open_checkpoints``.
+        step: its number; nothing happens if that step is there already.
+        tree: arrays of any dtype, PRNG keys among them.
+        extra: values for JSON, such as the position in the data.
+        metrics: scalars, by which the best is kept.
+
+    Raises:
+        CheckpointError: this save, or the one before it, could not be written.
+    """
+    import orbax.checkpoint as ocp
+
+    if step in manager.all_steps():
+        return
+    tree = jax.tree.map(_array, tree)
+    head: dict[str, Any] = {"step": step, "extra": dict(extra or {}), "leaves": _kinds(tree)}
+    head["crc32"] = _crc(head)
+    state = {"tree": tree, "fingerprint": _fingerprint(tree)}
+    items = ocp.args.Composite(state=ocp.args.StandardSave(state), head=ocp.args.JsonSave(head))
+    try:
+        manager.save(step, args=items, metrics=dict(metrics or {}), force=True)
+    except Exception as error:
+        raise _not_written(manager, step, error) from error
+
+
+def wait(manager: Any) -> None:
+    """Wait until what was saved is on disk.
+
+    Args:
+        manager: from ``open_checkpoints``.
+
+    Raises:
+        CheckpointError: it could not be written; the message names the folder and the reason.
+    """
+    try:
+        manager.wait_until_finished()
+        manager.check_for_errors()
+    except Exception as error:
+        raise _not_written(manager, None, error) from error
+
+
+def restore(manager: Any, template: PyTree, *, step: int | None = None) -> Restored:
+    """Read the newest checkpoint that is whole, or that of one step.
+
+    Each leaf has a fingerprint in the checkpoint, so that a flipped bit is found as well as a
+    truncated or missing file. A damaged checkpoint is passed over, with a warning, for the one
+    before it.
+
+    Args:
+        manager: from ``open_checkpoints``.
+        template: a tree with the structure, shapes, dtypes and shardings to restore into: a freshly
+            initialised state, or ``jax.ShapeDtypeStruct`` leaves.
+        step: read this one only.
+
+    Returns:
+        The step, the tree and the extra values.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint, or none of that step.
+        ValueError: the checkpoint is of another structure or shape; the leaf is named.
+        CheckpointError: all are damaged.
+    """
+    steps = sorted(manager.all_steps(), reverse=True)
+    if not steps or (step is not None and step not in steps):
+        wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+        there = f"; there are: {sorted(steps)}" if steps else ""
+        raise FileNotFoundError(f"{wanted} in {manager.directory}{there}")
+    reasons = []
+    for candidate in steps if step is None else [step]:
+        try:
+            return _read(manager, candidate, template)
+        except (_Misfit, PermissionError, MemoryError):
+            raise
+        except Exception as error:
+            reasons.append(f"step {candidate}: {_first_line(error)}")
+            if step is None and candidate != steps[-1]:
+                warnings.warn(
+                    f"jmeta: the checkpoint of step {candidate} in {manager.directory} is damaged "
+                    f"({_first_line(error)}); going back to the one before it",
+                    stacklevel=2,
+                )
+    raise CheckpointError(
+        f"no checkpoint in {manager.directory} can be read: {'; '.join(reasons)}. Start in another "
+        "folder, or put a whole copy of a checkpoint there"
+    )
+
+
+def set_aside(manager: Any, after: int) -> None:
+    """Move checkpoints later than ``after`` (damaged ones) to ``FOLDER.damaged``, to train on."""
+    folder = pathlib.Path(manager.directory)
+    aside = folder.with_name(folder.name + ".damaged")
+    for step in [step for step in manager.all_steps() if step > after]:
+        aside.mkdir(exist_ok=True)
+        shutil.rmtree(aside / str(step), ignore_errors=True)
+        (folder / str(step)).rename(aside / str(step))
+    manager.reload()
+
+
+def best_value(manager: Any, best: str) -> float | None:
+    """The best value of the metric among the checkpoints there, or None."""
+    mode, name = parse_best(best)
+    found = [manager.metrics(step) or {} for step in manager.all_steps()]
+    values = [metrics[name] for metrics in found if name in metrics]
+    return (max if mode == "max" else min)(values) if values else None
+
+
+def parse_best(best: str) -> tuple[str, str]:
+    """``"max:accuracy"`` as ``("max", "accuracy")``."""
+    mode, _, name = best.partition(":")
+    if mode not in ("max", "min") or not name:
+        raise ValueError(f'best is "max:METRIC" or "min:METRIC", not {best!r}')
+    return mode, name
+
+
+def save_params(
+    path: str | os.PathLike, tree: PyTree, metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Write nested dicts of arrays to one safetensors file: an adapted model, for instance.
+
+    Args:
+        path: the file, replaced atomically.
+        tree: nested dicts with string keys; a leaf's name in the file is its keys joined by ``/``.
+        metadata: what JSON can hold, kept in the file's header.
+
+    Raises:
+        TypeError: a node that is not a dict, or a leaf that is not a plain array; it is named.
+        ValueError: a key that contains ``/`` or is empty.
+        OSError: the disk is full or not writable; a file that was there stays whole.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = f"{folder}/ann.safetensors"
+        ...     save_params(path, {"head": {"w": jnp.ones(2)}}, {"user": "ann"})
+        ...     tree, metadata = load_params(path)
+        >>> tree["head"]["w"].tolist(), metadata
+        ([1.0, 1.0], {'user': 'ann'})
+    """
+    from safetensors.numpy import save as to_bytes
+
+    arrays: dict[str, np.ndarray] = {}
+    empty: list[str] = []
+    _flatten(tree, "", arrays, empty)
+    header = {"metadata": dict(metadata or {}), "empty": empty, "crc32": _crc_arrays(arrays)}
+    content = to_bytes(arrays, metadata={"format": "np", "jmeta": json.dumps(header)})
+    try:
+        write_atomically(pathlib.Path(path), content)
+    except OSError as error:
+        raise OSError(error.errno, f"{path} could not be written: {error.strerror}") from error
+
+
+def load_params(path: str | os.PathLike) -> tuple[PyTree, dict[str, Any]]:
+    """Read a file of ``save_params``, or any safetensors file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The nested dicts of jax arrays, equal bit for bit to those saved, and the metadata.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, damaged or not a safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no parameter file {path}")
+    try:
+        with safe_open(path, framework="np") as file:
+            notes = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header = json.loads(notes["jmeta"]) if "jmeta" in notes else None
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({_first_line(error)}): it was truncated or "
+            "damaged; copy or save it again"
+        ) from error
+    if header is not None and header["crc32"] != _crc_arrays(arrays):
+        raise ValueError(f"{path} is damaged: its checksum differs; copy or save it again")
+    narrowed = [name for name, array in arrays.items() if _narrows(array)]
+    if narrowed:
+        warnings.warn(
+            f"jmeta: {path} holds 64-bit arrays ({', '.join(narrowed[:_MAX_SHOWN])}) that become "
+            '32-bit, because jax_enable_x64 is off: jax.config.update("jax_enable_x64", True)',
+            stacklevel=2,
+        )
+    tree: dict[str, Any] = {}
+    for name, array in arrays.items():
+        *parents, last = name.split("/")
+        _descend(tree, parents)[last] = jnp.asarray(np.array(array))  # not a view of the file
+    for name in header["empty"] if header else []:
+        _descend(tree, name.split("/") if name else [])
+    return tree, header["metadata"] if header else dict(notes)
+
+
+class _Misfit(ValueError):
+    """The checkpoint is whole but of another structure."""
+
+
+def _read(manager: Any, step: int, template: PyTree) -> Restored:
+    import orbax.checkpoint as ocp
+
+    def read(**items: Any) -> Any:
+        return manager.restore(step, args=ocp.args.Composite(**items))
+
+    head = read(head=ocp.args.JsonRestore())["head"]
+    crc = head.pop("crc32")
+    if crc != _crc(head):
+        raise CheckpointError("its head has a wrong checksum")
+    _require_fit(head["leaves"], _kinds(template), f"step {step} in {manager.directory}")
+    prints = jax.ShapeDtypeStruct((len(head["leaves"]),), jnp.uint32)
+    target = {"tree": jax.tree.map(_struct, template), "fingerprint": prints}
+    state = read(state=ocp.args.StandardRestore(target))["state"]
+    found, stored = np.asarray(_fingerprint(state["tree"])), np.asarray(state["fingerprint"])
+    wrong = [name for name, a, b in zip(head["leaves"], found, stored, strict=True) if a != b]
+    if wrong:
+        raise CheckpointError(f"the values of '{wrong[0]}' have a wrong checksum")
+    return Restored(step, state["tree"], head["extra"])
+
+
+def _require_fit(saved: dict[str, str], wanted: dict[str, str], where: str) -> None:
+    lines = [
+        f"'{name}' is {saved.get(name, 'missing')} there and {wanted.get(name, 'missing')} here"
+        for name in dict.fromkeys([*wanted, *saved])
+        if saved.get(name) != wanted.get(name)
+    ]
+    if lines:
+        more = f"; and {len(lines) - _MAX_SHOWN} more" if len(lines) > _MAX_SHOWN else ""
+        raise _Misfit(
+            f"the checkpoint of {where} does not fit: {'; '.join(lines[:_MAX_SHOWN])}{more}. "
+            "Resume with the model, the outer optimizer and the estimator it was saved with, or "
+            "start in another folder"
+        )
+
+
+def _kinds(tree: PyTree) -> dict[str, str]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {leaf_name(path): describe(leaf) for path, leaf in leaves}
+
+
+def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
+
+
+def _array(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, jax.Array | np.ndarray) else jnp.asarray(leaf)
+
+
+@jax.jit
+def _fingerprint(tree: PyTree) -> Array:
+    """uint32 per leaf: the sum of (2 i + 1) times word i, mod 2^32; any one flipped bit moves it.
+
+    Integer sums are exact, so the number of devices does not matter.
+    """
+
+    def one(leaf: Array) -> Array:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            leaf = jnp.stack([leaf.real, leaf.imag])
+        bits = leaf.dtype.itemsize * 8
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            kind = {8: jnp.uint8, 16: jnp.uint16}.get(bits, jnp.uint32)
+            leaf = jax.lax.bitcast_convert_type(leaf, kind)
+        elif bits == 64:
+            leaf = jax.lax.bitcast_convert_type(leaf, jnp.uint32)
+        words = leaf.astype(jnp.uint32).ravel()
+        weights = 2 * jax.lax.iota(jnp.uint32, words.size) + 1
+        return jnp.sum(words * weights, dtype=jnp.uint32)
+
+    leaves = jax.tree.leaves(tree)
+    return jnp.stack([one(leaf) for leaf in leaves]) if leaves else jnp.zeros(0, jnp.uint32)
+
+
+def _forget_unreadable_metrics(folder: pathlib.Path) -> None:
+    """Orbax reads all metrics to open a folder: one damaged file must not close the others."""
+    for file in folder.glob("*/metrics/metrics"):
+        try:
+            json.loads(file.read_text())
+        except ValueError:
+            shutil.rmtree(file.parent)
+
+
+def _score(mode: str, name: str, metrics: Mapping[str, float]) -> float:
+    value = float(metrics.get(name, math.nan))
+    if math.isnan(value):
+        return -math.inf
+    return value if mode == "max" else -value
+
+
+def _crc(head: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(head, sort_keys=True).encode())
+
+
+def _crc_arrays(arrays: Mapping[str, np.ndarray]) -> int:
+    crc = 0
+    for name in sorted(arrays):
+        crc = zlib.crc32(arrays[name].tobytes(), zlib.crc32(name.encode(), crc))
+    return crc
+
+
+def _not_written(manager: Any, step: int | None, error: Exception) -> CheckpointError:
+    what = "a checkpoint" if step is None else f"the checkpoint of step {step}"
+    manager.reload()
+    left = manager.latest_step()
+    rest = "no earlier one is there" if left is None else f"that of step {left} is still whole"
+    return CheckpointError(f"{what} could not be written to {manager.directory}: {error}; {rest}")
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
+def _flatten(node: Any, name: str, arrays: dict[str, np.ndarray], empty: list[str]) -> None:
+    if isinstance(node, Mapping):
+        if not node:
+            empty.append(name)
+        for key, child in node.items():
+            if not isinstance(key, str):
+                raise TypeError(f"under '{name}' is the key {key!r}: keys must be strings")
+            if "/" in key or not key:
+                raise ValueError(
+                    f"under '{name}' is the key {key!r}: it may not be empty or hold /"
+                )
+            _flatten(child, f"{name}/{key}" if name else key, arrays, empty)
+        return
+    if not name or not hasattr(node, "dtype") or not hasattr(node, "shape"):
+        raise TypeError(
+            f"'{name or '(the whole tree)'}' is a {type(node).__name__}: a parameter file holds "
+            "nested dicts of arrays; turn lists and tuples into dicts, and put other values into "
+            "metadata"
+        )
+    if isinstance(node, jax.Array) and jnp.issubdtype(node.dtype, jax.dtypes.prng_key):
+        raise TypeError(f"'{name}' is a PRNG key: save jax.random.key_data(key) instead")
+    # A copy in C order: safetensors writes a strided array's buffer as it lies, without an error.
+    arrays[name] = np.array(node, order="C")
+
+
+def _descend(tree: dict[str, Any], keys: list[str]) -> dict[str, Any]:
+    for key in keys:
+        tree = tree.setdefault(key, {})
+    return tree
+
+
+def _narrows(array: np.ndarray) -> bool:
+    return jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype
