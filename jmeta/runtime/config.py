@@ -98,27 +98,29 @@ def parse(
     module = type(next(iter(presets.values()))).__module__
     program = program_of(module)
     arguments = list(sys.argv[1:] if argv is None else argv)
-    chosen, file, rest = _own_flags(arguments)
+    said, file, rest = _own_flags(arguments)
     names = [name for name in presets if name]
     try:
-        if chosen is None:
-            chosen = next(iter(presets))
-        elif chosen not in names:
+        if said is not None and said not in names:
             known = f"the presets are {', '.join(names)}" if names else "there are no presets"
-            raise ConfigError(f"--preset {chosen}: {known}{did_you_mean(chosen, names)}")
+            raise ConfigError(f"--preset {said}: {known}{did_you_mean(said, names)}")
+        chosen = said or next(iter(presets))
         base = _with_own_folder(presets[chosen], program, chosen)
         explicit: tuple[str, ...] = ()
         if file is not None:
             base, keys = _load(Path(file), base)
             # A dumped file sets every field, so none of them says what its user wanted.
             explicit = keys if set(keys) != set(leaves(base)) else ()
+        _check_own_flags(rest, leaves(base))
         parsed = _from_flags(base, rest, program, _help(base, description, names))
     except ValueError as error:
         _exit(program, str(error))
     explicit = tuple(dict.fromkeys((*explicit, *_flag_names(rest, leaves(base)))))
-    provenance = _Provenance(explicit, command_of(program, arguments), chosen or None)
+    # A file says it all: the default preset below it had no say.
+    preset = said or (chosen if file is None else "")
+    provenance = _Provenance(explicit, command_of(program, arguments), preset or None)
     # A copy, so that a preset that is returned unchanged is not marked itself.
-    parsed = _copy(parsed)
+    parsed = _copy(_below_here(parsed))
     object.__setattr__(parsed, _PROVENANCE, provenance)
     return parsed
 
@@ -209,7 +211,11 @@ def dump(config: Any, out_dir: Path | str) -> Path:
     }
     out_dir = Path(out_dir)
     write_atomically(out_dir / "run.json", json.dumps(run, indent=2) + "\n")
-    text = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+    values = plain(config)
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    if yaml.safe_load(text) != values:
+        # PyYAML does not escape a next-line character, and reads it as a line break.
+        text = yaml.safe_dump(values, sort_keys=False)
     return write_atomically(out_dir / "config.yaml", text)
 
 
@@ -253,6 +259,24 @@ def _own_flags(arguments: list[str]) -> tuple[str | None, str | None, list[str]]
     parser.add_argument("--config")
     known, rest = parser.parse_known_args(arguments)
     return known.preset, known.config, rest
+
+
+def _check_own_flags(rest: list[str], known: list[str]) -> None:
+    for argument in rest:
+        name = argument[2:].partition("=")[0].replace("-", "_")
+        if not argument.startswith("--") or name in known:
+            continue
+        close = difflib.get_close_matches(name, ["preset", "config", *known], n=1, cutoff=0.75)
+        if close and close[0] in ("preset", "config"):
+            raise ConfigError(f"unrecognized option {argument}; did you mean --{close[0]}?")
+
+
+def _below_here(config: C) -> C:
+    """The run directory relative to the working directory, so that a dump names no user's."""
+    here = Path.cwd()
+    if not isinstance(config, RunConfig) or not config.out.is_relative_to(here):
+        return config
+    return dataclasses.replace(config, out=config.out.relative_to(here))
 
 
 def _with_own_folder(config: C, program: str, preset: str) -> C:

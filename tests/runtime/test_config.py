@@ -9,10 +9,11 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Literal
+from unittest import mock
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jmeta.runtime import config as configuration
@@ -92,6 +93,8 @@ def test_seed_list_and_its_check(capsys):
         (["--inner-lrr", "1"], "--inner-lr"),
         (["--inner.lrr", "1"], "--inner.lr"),
         (["--preset", "fulll"], "the presets are demo, full; did you mean full?"),
+        (["--prest", "full"], "unrecognized option --prest; did you mean --preset?"),
+        (["--confg=a"], "did you mean --config?"),
         (["--method", "mmal"], "'maml'"),
         (["--inner-lr", "fast"], "fast"),
         (["--config", "no/such.yaml"], "no/such.yaml: No such file"),
@@ -170,9 +173,14 @@ configs = st.builds(
 
 
 @settings(max_examples=60, deadline=None)
+@example(Config(tag="\x85 \u2028", names=["\ufeff", "é\x85"]))
 @given(configs)
 def test_a_dumped_config_reads_back_equal(config):
-    with tempfile.TemporaryDirectory() as folder:
+    # Asking git for its commit 120 times is not what is tested here.
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(configuration, "versions", dict),
+    ):
         path = dump(config, folder)
         assert load(path, Config) == config
         assert parse(PRESETS, ["--config", str(path)]) == config
@@ -198,6 +206,10 @@ def test_the_run_record_says_how_to_repeat_it_and_nothing_about_the_user(tmp_pat
     assert run["command"].endswith("test_config --preset full --out runs/a --tag=x")
     assert run["command"].startswith("python -m ")
     assert (run["preset"], run["seeds"]) == ("full", [0, 1, 2, 3, 4])
+    written = yaml.safe_load((tmp_path / "runs" / "a" / "config.yaml").read_text())
+    assert written["out"] == "runs/a"  # below the working directory: relative
+    dump(parse(PRESETS, ["--config", "runs/a/config.yaml", "--out", "runs/b"]), "runs/b")
+    assert json.loads(Path("runs/b/run.json").read_text())["preset"] is None
     assert run["versions"]["git_commit"] is None
     import jax
     import numpy as np
