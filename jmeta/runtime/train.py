@@ -224,10 +224,11 @@ def advance(
     key = jax.random.fold_in(state.key, state.step)
     grads, estimator_state, info = mg.estimate(state.meta, state.estimator_state, episodes, key)
     grads = jax.tree.map(lambda grad, leaf: grad.astype(leaf.dtype), grads, state.meta)
-    updates, opt_state = optax.with_extra_args_support(outer_optimizer).update(
-        grads, state.opt_state, state.meta, value=info.loss
-    )
-    meta = optax.apply_updates(state.meta, updates)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes, even in adam
+        updates, opt_state = optax.with_extra_args_support(outer_optimizer).update(
+            grads, state.opt_state, state.meta, value=info.loss
+        )
+        meta = optax.apply_updates(state.meta, updates)
     after = TrainState(
         state.step + 1, meta, _strong(opt_state), _strong(estimator_state), state.key
     )

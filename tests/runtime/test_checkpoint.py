@@ -65,6 +65,14 @@ def test_a_state_comes_back_bit_for_bit_with_its_structure(tmp_path):
         assert_same(checkpoint.restore(manager, state(9), step=1).tree, state(1))
 
 
+def test_saving_a_step_twice_is_saving_it_once(tmp_path):
+    with checkpoint.open_checkpoints(tmp_path / "c") as manager:
+        for seed in (1, 2):
+            checkpoint.save(manager, 7, state(seed))
+        checkpoint.wait(manager)
+        assert_same(checkpoint.restore(manager, state()).tree, state(1))
+
+
 def test_only_the_last_few_and_the_best_stay(tmp_path):
     with checkpoint.open_checkpoints(tmp_path / "c", keep=2, best="min:loss") as manager:
         for step, loss in enumerate([0.5, 0.1, 0.4, float("nan"), 0.3, 0.2]):
@@ -250,9 +258,7 @@ def test_a_full_disk_is_reported_with_the_folder(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
 
         monkeypatch.setattr(ocp.CheckpointManager, "save", full)
-        with pytest.raises(
-            checkpoint.CheckpointError, match=r"step 2 .*/c: .*No space .* 1 is"
-        ):
+        with pytest.raises(checkpoint.CheckpointError, match=r"step 2 .*/c: .*No space .* 1 is"):
             checkpoint.save(manager, 2, state(2))
         assert_same(checkpoint.restore(manager, state()).tree, state(1))
 
@@ -266,7 +272,7 @@ names = st.text("abc.é", min_size=1, max_size=3)
 trees = st.dictionaries(names, st.recursive(arrays, lambda leaf: st.dictionaries(names, leaf)))
 
 
-@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.settings(max_examples=25, deadline=None)
 @hypothesis.given(tree=trees, notes=st.dictionaries(st.text(), st.integers() | st.text()))
 def test_parameters_round_trip(tmp_path_factory, tree, notes):
     path = tmp_path_factory.mktemp("p") / "user.safetensors"

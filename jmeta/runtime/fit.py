@@ -1,0 +1,356 @@
+"""Meta-training as a run: progress, metrics, evaluation, checkpoints, resuming, clean stops.
+
+``meta_trainer`` is the mathematics; ``fit`` is the loop around it that survives a night.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from types import FrameType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from jmeta.core.types import Array, Info, MetaGradient, PyTree
+from jmeta.runtime import checkpoint, metrics, nonfinite
+from jmeta.runtime.batches import (
+    Batches,
+    RecompilationWarning,
+    from_function,
+    recompilation_watch,
+    require_batches,
+)
+from jmeta.runtime.nonfinite import NonFiniteError
+from jmeta.runtime.progress import open_progress
+from jmeta.runtime.train import Stages, TrainState, as_stages, init_state, stage_at
+
+__all__ = [
+    "Batches",
+    "FitResult",
+    "NonFiniteError",
+    "RecompilationWarning",
+    "fit",
+    "from_function",
+]
+
+
+class FitResult(NamedTuple):
+    """What ``fit`` returns.
+
+    Attributes:
+        meta: the meta-parameters at the end.
+        state: the whole state at the end.
+        history: the rows of metrics.jsonl, those before a resumption too.
+        interrupted: whether SIGINT or SIGTERM ended the run before ``steps``.
+    """
+
+    meta: PyTree
+    state: TrainState
+    history: list[dict[str, Any]]
+    interrupted: bool
+
+
+def fit(
+    mg: MetaGradient | Stages,
+    outer_optimizer: optax.GradientTransformation,
+    meta: PyTree,
+    batches: Batches,
+    *,
+    steps: int,
+    key: Array | int = 0,
+    out: str | os.PathLike | None = None,
+    evaluate: Callable[[PyTree], Mapping[str, Any]] | None = None,
+    evaluate_every: int = 0,
+    checkpoint_every: int = 0,
+    keep: int = 3,
+    best: str | None = None,
+    resume: bool = False,
+    log_every: int = 10,
+    progress: bool = True,
+    on_step: Callable[[int, TrainState, Info], None] | None = None,
+) -> FitResult:
+    """Train meta-parameters for a number of outer steps.
+
+    The device runs ahead of the host: losses are fetched at logged steps only. A step that is not
+    finite is undone on the device and freezes the run there, which the host notices at its next
+    look (a logged, evaluated or saved step).
+
+    Args:
+        mg: the meta-gradient estimator, or ``stages([...])``. For batched episodes: ``over_tasks``.
+        outer_optimizer: any optax optimizer.
+        meta: the meta-parameters to start from; the caller's arrays stay valid.
+        batches: ``episode_loader(...)``, ``from_function(f)``, or any endless iterator with
+            ``state()`` and ``restore(step)``; each batch is what ``mg.estimate`` takes.
+        steps: outer steps in all, those before a resumption included.
+        key: a PRNG key or a seed. A resumed run goes on with the one it began with.
+        out: the run directory: ``metrics.jsonl``, ``tensorboard``, ``checkpoints``. None: no files.
+        evaluate: ``meta -> {name: scalar}``; its numbers are logged as ``eval/name``.
+        evaluate_every: outer steps between evaluations; 0: only after the last step.
+        checkpoint_every: outer steps between checkpoints; with ``out``, the last step and an
+            interruption save one in any case.
+        keep: how many of the newest checkpoints stay; 0: all.
+        best: ``"max:NAME"`` or ``"min:NAME"`` of evaluate's numbers: each new best is saved, and
+            the best one stays.
+        resume: go on from the newest whole checkpoint in ``out``; without one, begin.
+        log_every: outer steps between rows of metrics.
+        progress: a bar in a terminal, a line at each logged step elsewhere; False: silence.
+        on_step: ``(step, state, info) -> None`` after each step (counted from 1). The next step
+            donates the state's buffers: copy what is to be kept.
+
+    Returns:
+        The meta-parameters, the state, the rows of metrics, and whether a signal ended the run.
+
+    Raises:
+        NonFiniteError: a loss, gradient or meta-parameter is not finite; the state before that step
+            and its episodes are in ``out/nan-STEP``.
+        CheckpointError: a checkpoint could not be written or read.
+        FileExistsError: ``out`` holds a run already and ``resume`` is False.
+        TypeError: a leaf of meta is not floating point, or ``batches`` cannot be restored.
+        ValueError: options that contradict each other or the checkpoint; the message says which.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from jmeta.core.types import Info, MetaGradient
+        >>> def estimate(meta, state, target, key):
+        ...     loss, grads = jax.value_and_grad(lambda m: 0.5 * (m - target) ** 2)(meta)
+        ...     return grads, state, Info(loss, jnp.zeros(0), {}, jnp.abs(grads))
+        >>> mg = MetaGradient(init=lambda meta, key: (), estimate=estimate)
+        >>> batches = from_function(lambda step: jnp.float32(1.0))
+        >>> result = fit(mg, optax.sgd(0.5), jnp.float32(3.0), batches, steps=4, progress=False)
+        >>> float(result.meta)
+        1.125
+    """
+    require_batches(batches)
+    needs = {"checkpoint_every": checkpoint_every, "best": best, "resume": resume}
+    _require(out is not None, needs, "a folder to save to: pass out=")
+    needs = {"evaluate_every": evaluate_every, "best": best}
+    _require(evaluate is not None, needs, "something to evaluate: pass evaluate=")
+    if min(steps, evaluate_every, checkpoint_every, keep) < 0 or log_every < 1:
+        raise ValueError("steps, evaluate_every, checkpoint_every, keep >= 0 and log_every >= 1")
+    schedule, out = as_stages(mg), None if out is None else pathlib.Path(out)
+    seed_key = jax.random.key(key) if isinstance(key, int) else key
+    state, done = init_state(schedule, outer_optimizer, meta, seed_key), 0
+
+    with contextlib.ExitStack() as stack:
+        manager, record = None, None
+        if out is not None:
+            manager = stack.enter_context(_checkpoints(out / "checkpoints", keep, best))
+            state, done = _begin(manager, state, batches, resume)
+            record = checkpoint.best_value(manager, best) if best else None
+        first = jax.process_index() == 0  # of several processes, one writes and shows
+        log = metrics.open_log(out if first else None, done)
+        stack.callback(log.close)
+        bar = open_progress(steps, done, progress and first)
+        stack.callback(bar.close)
+        caught = stack.enter_context(_signals())
+
+        history = metrics.read_log(out / metrics.FILE) if out else []
+        clock = _Clock(done, history[-1]["seconds"] if history else 0.0)
+        now, watch = nonfinite.guard(state), recompilation_watch()
+        compiled: dict[int, Callable[..., tuple[nonfinite.Guarded, Info]]] = {}
+        unseen: dict[int, int] = {}  # where the data were at each step since the host last looked
+
+        while done < steps and not caught:
+            unseen[done + 1] = batches.state()
+            episodes = _next(batches, done, steps)
+            stage = stage_at(schedule, done)
+            if not compiled:
+                now = _on_one_mesh(now, episodes)
+            if stage not in compiled:
+                compiled[stage] = _compile(schedule.estimators[stage], outer_optimizer, now)
+            watch(stage, episodes)
+            now, info = compiled[stage](now, episodes)
+            done += 1
+
+            logged = done % log_every == 0 or done == steps
+            judged = evaluate is not None and (done == steps or _is_due(done, evaluate_every))
+            saved = out is not None and (done == steps or _is_due(done, checkpoint_every))
+            if logged or judged or saved:
+                _raise_if_failed(now, unseen, batches, out)
+                unseen.clear()
+            row, scores = {"step": done}, {}
+            if logged:
+                row |= metrics.info_row(jax.device_get(info)) | clock.lap(done)
+            if judged and evaluate is not None:
+                scores = metrics.scalars(evaluate(now.state.meta))
+                row |= {f"eval/{name}": value for name, value in scores.items()}
+                row["seconds"] = clock.seconds()
+                if best is not None:
+                    improved = _improves(best, scores, record)
+                    record = scores[checkpoint.parse_best(best)[1]] if improved else record
+                    saved = saved or improved
+            if logged or judged:
+                history.append(row)
+                log.write(row)
+                bar.report(done, row)
+            if saved:
+                position = {"position": batches.state()}
+                checkpoint.save(manager, done, now.state, extra=position, metrics=scores)
+            bar.advance(done)
+            if on_step is not None:
+                on_step(done, now.state, info)
+        if manager is not None:
+            if caught and done < steps:
+                _raise_if_failed(now, unseen, batches, out)
+                position = {"position": batches.state()}
+                checkpoint.save(manager, done, now.state, extra=position)
+            checkpoint.wait(manager)
+    return FitResult(now.state.meta, now.state, history, bool(caught) and done < steps)
+
+
+def _require(given: bool, options: Mapping[str, Any], what: str) -> None:
+    """Every option does something, or is an error."""
+    for name, asked in options.items():
+        if asked and not given:
+            raise ValueError(f"{name} needs {what}")
+
+
+def _is_due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0
+
+
+class _Clock:
+    """Seconds of the whole run, and the rate since the last logged step."""
+
+    def __init__(self, done: int, before: float):
+        self._before, self._begun = before, time.monotonic()
+        self._done, self._at = done, self._begun
+
+    def seconds(self) -> float:
+        return self._before + time.monotonic() - self._begun
+
+    def lap(self, done: int) -> dict[str, float]:
+        at = time.monotonic()
+        rate = (done - self._done) / max(at - self._at, 1e-9)
+        self._done, self._at = done, at
+        return {"steps_per_second": rate, "seconds": self.seconds()}
+
+
+@contextlib.contextmanager
+def _checkpoints(folder: pathlib.Path, keep: int, best: str | None) -> Iterator[Any]:
+    """The checkpoint manager, closed at the end without hiding an error of the run."""
+    manager = checkpoint.open_checkpoints(folder, keep=keep, best=best)
+    try:
+        yield manager
+    except BaseException:
+        with contextlib.suppress(Exception):
+            manager.close()
+        raise
+    manager.close()
+
+
+def _begin(
+    manager: Any, state: TrainState, batches: Batches, resume: bool
+) -> tuple[TrainState, int]:
+    """The state to start from and the steps it has done; puts the data where they were."""
+    if not manager.all_steps():
+        return state, 0
+    if not resume:
+        raise FileExistsError(
+            f"{manager.directory.parent} holds a run up to step {manager.latest_step()}: pass "
+            "resume=True to go on with it, or another out="
+        )
+    found = checkpoint.restore(manager, state)
+    checkpoint.set_aside(manager, after=found.step)
+    batches.restore(found.extra["position"])
+    return found.tree, found.step
+
+
+def _next(batches: Batches, done: int, steps: int) -> PyTree:
+    try:
+        return next(batches)
+    except StopIteration:
+        raise ValueError(
+            f"batches ended after {done} of {steps} outer steps: fit needs an endless iterator, "
+            "such as episode_loader or from_function"
+        ) from None
+
+
+def _compile(
+    mg: MetaGradient, outer_optimizer: optax.GradientTransformation, now: nonfinite.Guarded
+) -> Callable[..., tuple[nonfinite.Guarded, Info]]:
+    """The guarded step; over several devices the state keeps its layout from step to step."""
+    step = partial(nonfinite.guarded_step, mg, outer_optimizer)
+    if all(leaf.sharding.num_devices == 1 for leaf in jax.tree.leaves(now)):
+        return jax.jit(step, donate_argnums=0)
+    layout = jax.tree.map(lambda leaf: leaf.sharding, now)
+    return jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
+
+
+def _on_one_mesh(now: nonfinite.Guarded, episodes: PyTree) -> nonfinite.Guarded:
+    """If the episodes or part of the state are on a mesh, the rest of the state too, replicated."""
+    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves((now, episodes))]
+    meshes = [
+        sharding.mesh
+        for sharding in shardings
+        if isinstance(sharding, jax.sharding.NamedSharding) and sharding.num_devices > 1
+    ]
+    if not meshes:
+        return now
+    everywhere = jax.sharding.NamedSharding(meshes[0], jax.sharding.PartitionSpec())
+    return jax.tree.map(
+        lambda leaf: leaf if leaf.sharding.num_devices > 1 else jax.device_put(leaf, everywhere),
+        now,
+    )
+
+
+def _raise_if_failed(
+    now: nonfinite.Guarded, unseen: dict[int, int], batches: Batches, out: pathlib.Path | None
+) -> None:
+    if not bool(now.failed):
+        return
+    step = int(now.state.step) + 1
+    names = nonfinite.flag_names(now.state.meta)
+    leaves = [name for name, bad in zip(names, np.asarray(now.flags), strict=True) if bad]
+    folder = None
+    if out is not None:
+        batches.restore(unseen[step])  # the host may be batches ahead: this one made it
+        folder = nonfinite.dump(out, step, now.state, next(batches), leaves)
+    raise NonFiniteError(step, leaves, folder)
+
+
+def _improves(best: str, scores: Mapping[str, float], record: float | None) -> bool:
+    mode, name = checkpoint.parse_best(best)
+    if name not in scores:
+        raise ValueError(f"best={best!r}, but evaluate returns {sorted(scores)}")
+    if np.isnan(scores[name]) or record is None:
+        return not np.isnan(scores[name])
+    return scores[name] > record if mode == "max" else scores[name] < record
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """A list that SIGINT or SIGTERM fills, to end the loop after the step; a second acts at once.
+
+    Python delivers signals to the main thread: elsewhere the list stays empty.
+    """
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore_handlers() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        del frame
+        caught.append(number)
+        restore_handlers()
+
+    for number in previous:
+        signal.signal(number, note)
+    try:
+        yield caught
+    finally:
+        restore_handlers()
