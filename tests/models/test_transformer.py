@@ -1,0 +1,321 @@
+"""The transformer against a numpy forward, a naive loss, central differences and itself."""
+
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jmeta.models import transformer
+
+hidden, logits, pooled, next_token_loss, init = (
+    jax.jit(f, static_argnums=0)
+    for f in (
+        transformer.hidden,
+        transformer.logits,
+        transformer.pooled,
+        transformer.next_token_loss,
+        transformer.init,
+    )
+)
+
+CONFIG = transformer.TransformerConfig(vocab=13, width=8, layers=3, heads=2, max_len=6)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _draw(config, batch, time):
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = transformer.init(config, keys[0])
+    leaves, structure = jax.tree.flatten(params)
+    noisy = [
+        leaf + 0.3 * jax.random.normal(k, leaf.shape, leaf.dtype)
+        for leaf, k in zip(leaves, jax.random.split(keys[1], len(leaves)), strict=True)
+    ]
+    tokens = jax.random.randint(keys[2], (batch, time), 0, config.vocab)
+    return jax.tree.unflatten(structure, noisy), tokens
+
+
+def draw(config=CONFIG, batch=2, time=6):
+    """Parameters well away from the initial values, where gradients are small, and tokens."""
+    return _draw(config, batch, time)
+
+
+def close(a, b, tolerance=1e-10):
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance), a, b
+    )
+
+
+def numpy_hidden(config, params, tokens, mask=None):
+    """The model from its definition, one head and one sequence at a time."""
+    p = jax.tree.map(np.asarray, params)
+    width, heads = config.width, config.heads
+    per_head = width // heads
+
+    def norm(x, w):
+        mean, var = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+        return (x - mean) / np.sqrt(var + 1e-5) * w["scale"] + w["bias"]
+
+    def gelu(x):
+        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+    out = []
+    for row, ids in enumerate(np.asarray(tokens)):
+        x = p["embed"]["tokens"][ids] + p["embed"]["positions"][: len(ids)]
+        for i in range(config.layers):
+            block = jax.tree.map(lambda leaf, i=i: leaf[i], p["blocks"])
+            y = norm(x, block["ln1"]) @ block["attn"]["qkv"]
+            mixed = np.zeros_like(x)
+            for h in range(heads):
+                cut = slice(h * per_head, (h + 1) * per_head)
+                q, k, v = (y[:, j * width : (j + 1) * width][:, cut] for j in range(3))
+                scores = q @ k.T / np.sqrt(per_head)
+                for s, t in itertools.product(range(len(ids)), repeat=2):
+                    future = config.causal and t > s
+                    if future or (mask is not None and not mask[row][t]):
+                        scores[s, t] = -np.inf
+                weights = np.exp(scores - scores.max(-1, keepdims=True))
+                mixed[:, cut] = weights / weights.sum(-1, keepdims=True) @ v
+            x = x + mixed @ block["attn"]["out"]
+            x = x + gelu(norm(x, block["ln2"]) @ block["mlp"]["up"]) @ block["mlp"]["down"]
+        out.append(norm(x, p["ln_f"]))
+    return np.stack(out)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_forward_equals_numpy(x64, causal):
+    config = CONFIG._replace(causal=causal)
+    params, tokens = draw(config, time=5)
+    mask = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    expected = numpy_hidden(config, params, tokens, mask)
+    actual = hidden(config, params, tokens, jnp.asarray(mask))
+    close(actual[0], expected[0])
+    close(actual[1, :3], expected[1, :3])
+    table = np.asarray(params["embed"]["tokens"])
+    scores = logits(config, params, tokens, jnp.asarray(mask))
+    close(scores[0], expected[0] @ table.T)
+    vectors = pooled(config, params, tokens, jnp.asarray(mask))
+    close(vectors, np.stack([expected[0].mean(0), expected[1, :3].mean(0)]))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_fused_attention_is_the_same_function(causal):
+    config = CONFIG._replace(causal=causal)
+    params, tokens = draw(config, time=5)
+    mask = jnp.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+
+    def loss(params, config):
+        return (transformer.pooled(config, params, tokens, mask) ** 3).sum()
+
+    grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    close(grad(params, config), grad(params, config._replace(attention="fused")), 2e-4)
+
+
+@pytest.mark.parametrize("gelu", ["tanh", "exact"])
+def test_gelu_is_the_one_named(gelu):
+    x = jnp.linspace(-4.0, 4.0, 33)
+    exact = np.array([0.5 * v * (1 + math.erf(v / 2**0.5)) for v in np.asarray(x)])
+    error = np.abs(np.asarray(transformer._gelu(x, gelu)) - exact).max()
+    assert error < 1e-6 if gelu == "exact" else 1e-5 < error < 1e-3
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_padding_changes_nothing(x64, causal):
+    config = CONFIG._replace(causal=causal)
+    params, tokens = draw(config, time=4)
+    mask = jnp.ones((2, 4))
+
+    def cubes(params, tokens, mask):
+        return (pooled(config, params, tokens, mask) ** 3).sum()
+
+    def loss(params, tokens, mask):
+        return next_token_loss(config, params, tokens, mask=mask)[0]
+
+    padded, padded_mask = (
+        jnp.pad(tokens, ((0, 0), (0, 2)), constant_values=7),
+        jnp.pad(mask, ((0, 0), (0, 2))),
+    )
+    for f in (cubes, loss) if causal else (cubes,):
+        close(
+            jax.value_and_grad(f)(params, tokens, mask),
+            jax.value_and_grad(f)(params, padded, padded_mask),
+        )
+
+
+def test_causal_positions_do_not_see_the_future_and_encoders_do(x64):
+    params, tokens = draw()
+    changed = tokens.at[:, 4].set((tokens[:, 4] + 1) % 13)
+    before, after = (hidden(CONFIG, params, t) for t in (tokens, changed))
+    assert (before[:, :4] == after[:, :4]).all()
+    assert (jnp.abs(before[:, 4:] - after[:, 4:]).max(-1) > 1e-3).all()
+    both = CONFIG._replace(causal=False)
+    before, after = (hidden(both, params, t) for t in (tokens, changed))
+    assert (jnp.abs(before - after).max(-1) > 1e-5).all()
+
+
+def test_loops_and_remats_agree(x64):
+    """Values and gradients, dropout included."""
+    config = CONFIG._replace(dropout=0.2, layers=2)
+    params, tokens = draw(config)
+
+    def loss(config, params):
+        return transformer.next_token_loss(config, params, tokens, key=jax.random.key(5))[0]
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums=0)
+    reference = run(config, params)
+    for loop, remat in itertools.product(["unroll", "scan"], ["none", "dots", "full"]):
+        close(reference, run(config._replace(loop=loop, remat=remat), params))
+
+
+def test_loss_is_the_naive_formula(x64):
+    params, tokens = draw()
+    weights = jax.random.uniform(jax.random.key(3), tokens.shape)
+
+    def naive(params, weights):
+        scores = jax.nn.log_softmax(logits(CONFIG, params, tokens)[:, :-1])
+        picked = jnp.take_along_axis(scores, tokens[:, 1:, None], -1)[..., 0]
+        return -(picked * weights[:, 1:]).sum() / weights[:, 1:].sum()
+
+    def ours(params, weights):
+        return next_token_loss(CONFIG, params, tokens, weights)[0]
+
+    both = [jax.value_and_grad(f, (0, 1))(params, weights) for f in (naive, ours)]
+    close(*both)
+    close(both[1][1][1][:, 0], np.zeros(2))  # the first token is nobody's target
+    uniform = next_token_loss(CONFIG, params, tokens)
+    close(uniform[0], naive(params, jnp.ones(tokens.shape)))
+    assert uniform[1]["tokens"] == 10
+    empty = jax.grad(ours)(params, jnp.zeros(tokens.shape))
+    close(empty, jax.tree.map(jnp.zeros_like, params))
+
+
+def test_leading_axes_are_batches(x64):
+    params, tokens = draw(batch=4)
+    folded = tokens.reshape(2, 2, 6)
+    close(
+        hidden(CONFIG, params, folded).reshape(4, 6, 8),
+        hidden(CONFIG, params, tokens),
+    )
+    assert logits(CONFIG, params, folded).shape == (2, 2, 6, 13)
+    close(
+        next_token_loss(CONFIG, params, folded)[0],
+        next_token_loss(CONFIG, params, tokens)[0],
+    )
+    close(hidden(CONFIG, params, tokens[0]), hidden(CONFIG, params, tokens)[0])
+
+
+def test_dropout_follows_the_key():
+    config = CONFIG._replace(dropout=0.5)
+    params, tokens = draw(config)
+
+    def run(key):
+        return hidden(config, params, tokens, key=key)
+
+    plain = hidden(CONFIG, params, tokens)
+    assert (run(None) == plain).all()
+    assert (run(jax.random.key(1)) == run(jax.random.key(1))).all()
+    assert jnp.abs(run(jax.random.key(1)) - run(jax.random.key(2))).max() > 0.1
+    # Inverted dropout: what is kept is scaled so that the mean stays.
+    dropped = transformer._dropout(jnp.ones((200, 200)), 0.25, jax.random.key(0))
+    np.testing.assert_allclose(np.unique(dropped), [0, 4 / 3], rtol=1e-6)
+    assert abs(dropped.mean() - 1) < 0.01
+
+
+def test_bfloat16_is_close_and_keeps_float32_at_the_ends():
+    params, tokens = draw()
+    config = CONFIG._replace(dtype=jnp.bfloat16)
+
+    def loss(config):
+        return lambda p: next_token_loss(config, p, tokens)[0]
+
+    low, grads = jax.value_and_grad(loss(config))(params)
+    high, exact = jax.value_and_grad(loss(CONFIG))(params)
+    assert low.dtype == jnp.float32
+    assert abs(low - high) < 0.02 * high
+    assert hidden(config, params, tokens).dtype == jnp.bfloat16
+    assert logits(config, params, tokens).dtype == jnp.float32
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(exact), strict=True):
+        assert a.dtype == jnp.float32
+        assert jnp.linalg.norm(a - b) < 0.1 * jnp.linalg.norm(b)
+
+
+@pytest.mark.parametrize(("loop", "remat"), [("unroll", "none"), ("scan", "dots")])
+def test_hessian_vector_product_against_central_differences(x64, loop, remat):
+    config = CONFIG._replace(layers=2, loop=loop, remat=remat)
+    params, tokens = draw(config)
+    v = jax.tree.map(lambda p: jnp.sin(jnp.arange(p.size, dtype=p.dtype)).reshape(p.shape), params)
+    grad = jax.jit(jax.grad(lambda p: next_token_loss(config, p, tokens)[0]))
+    exact = jax.jit(lambda p, v: jax.jvp(grad, (p,), (v,))[1])(params, v)
+
+    def along(p):
+        return sum(jax.tree.leaves(jax.tree.map(lambda g, u: (g * u).sum(), grad(p), v)))
+
+    reverse = jax.jit(jax.grad(along))(params)
+    h = 1e-5
+    plus, minus = (grad(jax.tree.map(lambda p, u, s=s: p + s * h * u, params, v)) for s in (1, -1))
+    numeric = jax.tree.map(lambda a, b: (a - b) / (2 * h), plus, minus)
+    close(exact, numeric, 1e-6)
+    close(exact, reverse)
+
+
+def primitives(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from primitives(inner)
+
+
+def test_looping_never_scatters_into_the_stack():
+    """The gradient of a looped stack is one concatenation per leaf: no scatter, no padding."""
+    params, tokens = draw()
+    loss = lambda p: next_token_loss(CONFIG, p, tokens)[0]  # noqa: E731
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(params)
+    stacks = {leaf.shape for leaf in jax.tree.leaves(params["blocks"])}
+    made = {}
+    for equation in primitives(jaxpr.jaxpr):
+        for out in equation.outvars:
+            if out.aval.shape in stacks:
+                made.setdefault(equation.primitive.name, 0)
+                made[equation.primitive.name] += 1
+    leaves = len(jax.tree.leaves(params["blocks"]))
+    assert made.get("concatenate") == leaves, made
+    assert not {"scatter-add", "scatter", "pad", "dynamic_update_slice", "add_any"} & set(made), (
+        made
+    )
+    # Inputs and targets share one gather of the embedding, so their gradients share one scatter.
+    names = [equation.primitive.name for equation in primitives(jaxpr.jaxpr)]
+    assert names.count("scatter-add") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"heads": 3}, "multiple of heads"),
+        ({"remat": "some"}, "remat='some'"),
+        ({"loop": "map"}, "loop='map'"),
+        ({"attention": "flash"}, "attention='flash'"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+    ],
+)
+def test_meaningless_configs_are_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        init(CONFIG._replace(**change), jax.random.key(0))
+
+
+def test_wrong_arguments_are_refused():
+    params, tokens = draw()
+    with pytest.raises(ValueError, match="max_len=6"):
+        hidden(CONFIG, params, jnp.tile(tokens, (1, 2)))
+    with pytest.raises(ValueError, match="causal=True"):
+        next_token_loss(CONFIG._replace(causal=False), params, tokens)
+    with pytest.raises(ValueError, match="weights have shape"):
+        next_token_loss(CONFIG, params, tokens, jnp.ones((2, 5)))
+    with pytest.raises(ValueError, match="mask has shape"):
+        hidden(CONFIG, params, tokens, jnp.ones((2, 5)))
