@@ -68,7 +68,8 @@ def estimators(
         objective: where the outer loss is read.
 
     Returns:
-        ``{name: MetaGradient}``; Reptile only where the fast weights are all of meta.
+        ``{name: MetaGradient}``; ``table`` leaves Reptile out where the fast weights are not all
+        of meta.
 
     Example:
         >>> from jmeta.testing import quadratic
@@ -238,7 +239,8 @@ def table(
         steps: number of inner steps.
         meta: the meta-parameters.
         episode: one episode, or batched ones with estimators from ``over_tasks``.
-        chosen: ``{name: MetaGradient}``; default ``estimators(problem, steps)``.
+        chosen: ``{name: MetaGradient}``; default ``estimators(problem, steps)``, Reptile only
+            where the fast weights have the structure of meta.
         repeats: timed runs of each; one more warms up. 0 compiles without running.
         key: a random key, or None.
         reference: the exact gradient (``exact_reference``), to report errors against.
@@ -254,7 +256,11 @@ def table(
         >>> costs[0].name
         'first_order'
     """
-    chosen = estimators(problem, steps, objective) if chosen is None else chosen
+    if chosen is None:
+        chosen = estimators(problem, steps, objective)
+        fast = jax.eval_shape(lambda m: problem.init(m, key), meta)
+        if jax.tree.structure(fast) != jax.tree.structure(meta):  # Reptile would be undefined
+            chosen.pop("reptile", None)
     programs = {name: compile_estimate(mg, meta, episode, key) for name, mg in chosen.items()}
     seconds: dict[str, list[float]] = {name: [] for name in chosen}
     errors: dict[str, float | None] = dict.fromkeys(chosen)
@@ -330,6 +336,9 @@ def markdown(costs: Sequence[Cost], reference: str = "first_order") -> str:
     Returns:
         Lines of text.
 
+    Raises:
+        ValueError: no cost has the reference's name.
+
     Example:
         >>> cost = Cost("first_order", 0.5, (0.5,), 2**20, 2e9, 1.0, 1e-7)
         >>> print(markdown([cost]))
@@ -337,7 +346,10 @@ def markdown(costs: Sequence[Cost], reference: str = "first_order") -> str:
         | --- | --: | --: | --: | --: | --: | --: | --: | --: |
         | first_order | 0.500 | 1.00 | 1.0 | 1.00 | 2.00 | 1.0 | 1e-07 | 1 |
     """
-    base = next(cost for cost in costs if cost.name == reference)
+    base = next((cost for cost in costs if cost.name == reference), None)
+    if base is None:
+        known = ", ".join(cost.name for cost in costs)
+        raise ValueError(f"the reference {reference!r} is not among the estimators: {known}")
     lines = [
         "| estimator | seconds | x | temp MiB | x | GFLOP | compile s | error | n |",
         "| --- | --: | --: | --: | --: | --: | --: | --: | --: |",

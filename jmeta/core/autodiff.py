@@ -49,7 +49,8 @@ def stopped_grad(loss: LossFn) -> InnerGradFn:
     r"""The inner gradient as a constant: what *first order* means.
 
     Only the gradient is stopped, not the parameters, so weight decay and an optimizer's dependence
-    on meta keep their derivatives. The loss keeps its derivative too (``online`` needs it).
+    on meta keep their derivatives. The loss keeps its derivative too (``online`` needs it). The
+    gradient's own derivative is not even traced, so an operation may have none.
 
     Args:
         loss: ``(fast, meta, batch, key) -> (loss, aux)``.
@@ -62,13 +63,7 @@ def stopped_grad(loss: LossFn) -> InnerGradFn:
         >>> float(jax.grad(lambda x: stopped_grad(cube)(x, None, None, None)[2])(2.0))
         0.0
     """
-
-    def value_and_grad(fast: PyTree, meta: PyTree, batch: PyTree, key: Key):
-        value, pullback, aux = jax.vjp(lambda f: loss(f, meta, batch, key), fast, has_aux=True)
-        (grads,) = pullback(jnp.ones_like(value))
-        return value, jax.lax.stop_gradient(aux), jax.lax.stop_gradient(grads)
-
-    return value_and_grad
+    return _with_rule(loss, _value_only)
 
 
 def mixed_mode_grad(loss: LossFn) -> InnerGradFn:
@@ -98,6 +93,11 @@ def mixed_mode_grad(loss: LossFn) -> InnerGradFn:
 
     Source: Kemaev et al., "Scalable Meta-Learning via Mixed-Mode Differentiation" (2025).
     """
+    return _with_rule(loss, _hessian_vector)
+
+
+def _with_rule(loss: LossFn, rule: Callable[..., tuple[Any, Any]]) -> InnerGradFn:
+    """An inner gradient whose derivative is a rule: what ``primitive`` below calls backward."""
 
     def value_and_grad(fast: PyTree, meta: PyTree, batch: PyTree, key: Key):
         # As a jaxpr the loss has no hidden inputs: what it closes over becomes an argument.
@@ -122,8 +122,9 @@ def mixed_mode_grad(loss: LossFn) -> InnerGradFn:
             value, *aux = evaluate(*weights, *(others[p] for p in range(moved, end)))
             return value, aux
 
-        value, aux, grads = _mixed_mode(
+        value, aux, grads = _primitive(
             flat_loss,
+            rule,
             fast_leaves,
             {p: inputs[p] for p in differentiable},
             {p: inputs[p] for p in static},
@@ -135,16 +136,40 @@ def mixed_mode_grad(loss: LossFn) -> InnerGradFn:
     return value_and_grad
 
 
-def _mixed_mode(
+def _hessian_vector(value: Callable, weights: Any, perturbed: Any, value_bar: Any, grads_bar: Any):
+    """Forward over reverse: one Jacobian-vector product of the gradient."""
+
+    def gradients(weights: Any):
+        return jax.grad(value, argnums=(0, 1))(weights, perturbed)
+
+    direction = [_dense(bar) for bar in grads_bar]
+    first, second = jax.jvp(gradients, (weights,), (direction,))
+    if isinstance(value_bar, SymbolicZero):
+        return second
+    # The loss itself is scored: ``online``.
+    return jax.tree.map(lambda f, s: value_bar.astype(f.dtype) * f + s, first, second)
+
+
+def _value_only(value: Callable, weights: Any, perturbed: Any, value_bar: Any, grads_bar: Any):
+    """The gradient is a constant; the loss is not."""
+    del grads_bar
+    if isinstance(value_bar, SymbolicZero):
+        return None, {}
+    first = jax.grad(value, argnums=(0, 1))(weights, perturbed)
+    return jax.tree.map(lambda f: value_bar.astype(f.dtype) * f, first)
+
+
+def _primitive(
     flat_loss: Callable[[Sequence[Array], dict[int, Array]], tuple[Array, Any]],
+    rule: Callable[..., tuple[Any, Any]],
     weights: list[Array],
     moving: dict[int, Array],
     static: dict[int, Any],
 ) -> tuple[Array, list[Any], list[Array]]:
-    """Value, aux and gradient of a flat loss, with a forward-over-reverse derivative."""
+    """Value, aux and gradient of a flat loss, whose derivative is the rule's."""
 
     @jax.custom_vjp
-    def primitive(weights, moving, static):
+    def inner_gradient(weights, moving, static):
         (value, aux), grads = jax.value_and_grad(flat_loss, has_aux=True)(
             weights, {**moving, **static}
         )
@@ -156,7 +181,7 @@ def _mixed_mode(
         constant = {p: leaf.value for p, leaf in moving.items() if not leaf.perturbed}
         constant |= jax.tree.map(lambda leaf: leaf.value, static, is_leaf=_is_primal)
         weights = [leaf.value for leaf in weights]
-        return primitive(
+        return inner_gradient(
             weights,
             {p: leaf.value for p, leaf in moving.items()},
             {p: constant[p] for p in static},
@@ -165,23 +190,16 @@ def _mixed_mode(
     def backward(residuals, cotangents):
         weights, perturbed, constant = residuals
         value_bar, _, grads_bar = cotangents
-        direction = [_dense(bar) for bar in grads_bar]
 
-        def gradients(weights):
-            def value(weights, perturbed):
-                return flat_loss(weights, {**perturbed, **constant})[0]
+        def value(weights, perturbed):
+            return flat_loss(weights, {**perturbed, **constant})[0]
 
-            return jax.grad(value, argnums=(0, 1))(weights, perturbed)
-
-        first, second = jax.jvp(gradients, (weights,), (direction,))
-        if not isinstance(value_bar, SymbolicZero):  # the loss itself is scored: ``online``
-            second = jax.tree.map(lambda f, s: value_bar.astype(f.dtype) * f + s, first, second)
-        weights_bar, perturbed_bar = second
+        weights_bar, perturbed_bar = rule(value, weights, perturbed, value_bar, grads_bar)
         moving_bar = {p: perturbed_bar.get(p) for p in (*perturbed, *constant) if p in moving}
         return weights_bar, moving_bar, None
 
-    primitive.defvjp(forward, backward, symbolic_zeros=True)
-    return primitive(weights, moving, static)
+    inner_gradient.defvjp(forward, backward, symbolic_zeros=True)
+    return inner_gradient(weights, moving, static)
 
 
 def _is_primal(leaf: Any) -> bool:
@@ -190,15 +208,17 @@ def _is_primal(leaf: Any) -> bool:
 
 def _dense(cotangent: Any) -> Array:
     if isinstance(cotangent, SymbolicZero):
-        return jnp.zeros(cotangent.shape, cotangent.dtype)
+        zero: Any = cotangent
+        return jnp.zeros(zero.shape, zero.dtype)
     return cotangent
 
 
 def variables_read(jaxpr: Any, outputs: Sequence[Any]) -> set[Any]:
     """The variables of a jaxpr on which some of its outputs depend.
 
-    Calls (``jit``, ``remat``, ``custom_jvp``) are followed inside; loops and conditionals count
-    all their inputs as read, which is never wrong, only less sharp.
+    Calls (``jit``, ``remat``) are followed inside; loops, conditionals and functions with a
+    derivative rule of their own (which may read what the function itself does not) count all
+    their inputs as read, which is never wrong, only less sharp.
 
     Args:
         jaxpr: an open jaxpr.
@@ -221,14 +241,14 @@ def variables_read(jaxpr: Any, outputs: Sequence[Any]) -> set[Any]:
         inner = next(
             (eqn.params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in eqn.params), None
         )
-        body = getattr(inner, "jaxpr", inner)
-        is_call = (
+        body: Any = getattr(inner, "jaxpr", inner)
+        if (
             body is not None
             and eqn.primitive.name not in ("scan", "while", "cond")
+            and not eqn.primitive.name.startswith("custom_")
             and len(body.invars) == len(eqn.invars)
             and len(body.outvars) == len(eqn.outvars)
-        )
-        if is_call:
+        ):
             read = variables_read(body, [body.outvars[i] for i in wanted])
             sources = [v for v, b in zip(eqn.invars, body.invars, strict=True) if b in read]
         else:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from jmeta.core.autodiff import GradTransform, Remat, reverse_grad, scan_steps
-from jmeta.core.types import Array, Episode, Key, LossFn, Problem, PyTree, Steps
+from jmeta.core.types import Array, Episode, Key, LossFn, Problem, PyTree, Steps, no_encoding
 
 
 class InnerState(NamedTuple):
@@ -44,6 +44,7 @@ class Objective(NamedTuple):
 
 final = Objective("final")
 online = Objective("online")
+unscored = Objective("unscored")  # adapts, and reads no outer loss and no query
 
 
 def multi_step(weights: Sequence[float] | Array) -> Objective:
@@ -182,21 +183,45 @@ def encode_episode(problem: Problem, meta: PyTree, episode: Episode, key: Key) -
         2.0
     """
     support_key, query_key = keys(key, 2)
+    support = encode_batch(problem, meta, episode.support, support_key)
+    if episode.query is None:
+        return Episode(support)
+    return Episode(support, encode_batch(problem, meta, episode.query, query_key))
 
-    def encode(batch: PyTree, key: Key) -> PyTree:
-        if not isinstance(batch, Steps):
-            return problem.encode(meta, batch, key)
-        count = jax.tree.leaves(batch.batches)[0].shape[0]
-        if key is None:
-            return Steps(jax.vmap(lambda b: problem.encode(meta, b, None))(batch.batches))
-        return Steps(
-            jax.vmap(lambda b, k: problem.encode(meta, b, k))(
-                batch.batches, jax.random.split(key, count)
-            )
+
+def encode_batch(problem: Problem, meta: PyTree, batch: PyTree, key: Key) -> PyTree:
+    """Apply ``problem.encode`` to one batch, or to each batch of ``Steps`` by ``vmap``.
+
+    Args:
+        problem: whose ``encode`` is used.
+        meta: the meta-parameters.
+        batch: one batch, or ``Steps``.
+        key: a random key, or None.
+
+    Returns:
+        The encoded batch, or ``Steps`` of encoded batches.
+
+    Example:
+        >>> problem = Problem(None, None, None, encode=lambda meta, x, key: meta * x)
+        >>> encode_batch(problem, 2.0, Steps(jnp.ones(3)), None).batches.tolist()
+        [2.0, 2.0, 2.0]
+    """
+    if not isinstance(batch, Steps) or problem.encode is no_encoding:
+        return batch if problem.encode is no_encoding else problem.encode(meta, batch, key)
+    if key is None:
+        return Steps(jax.vmap(lambda b: problem.encode(meta, b, None))(batch.batches))
+    each = jax.random.split(key, _step_count(batch))
+    return Steps(jax.vmap(lambda b, k: problem.encode(meta, b, k))(batch.batches, each))
+
+
+def _step_count(support: Steps) -> int:
+    count = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(support.batches)}
+    if len(count) != 1 or count == {()}:
+        raise ValueError(
+            "every leaf of Steps needs the same leading axis, one batch per inner step; found "
+            f"leading axes {sorted(count)}"
         )
-
-    query = None if episode.query is None else encode(episode.query, query_key)
-    return Episode(encode(episode.support, support_key), query)
+    return count.pop()[0]
 
 
 def step_batches(support: PyTree, steps: int, objective: Objective) -> Steps | None:
@@ -224,12 +249,10 @@ def step_batches(support: PyTree, steps: int, objective: Objective) -> Steps | N
                 "must be jmeta.Steps(chunks) with a leading axis of one chunk per inner step"
             )
         return None
-    count = {leaf.shape[0] for leaf in jax.tree.leaves(support.batches)}
-    if len(count) != 1:
-        raise ValueError(f"the leaves of Steps disagree on the number of steps: {sorted(count)}")
-    if min(count) < steps:
+    count = _step_count(support)
+    if count < steps:
         raise ValueError(
-            f"{steps} inner steps are asked for, but the support has Steps of {min(count)} batches"
+            f"{steps} inner steps are asked for, but the support has Steps of {count} batches"
         )
     return Steps(jax.tree.map(lambda leaf: leaf[:steps], support.batches))
 
@@ -277,7 +300,7 @@ def inner_loop(
             f"multi_step has weights of shape {objective.weights.shape} for {steps} inner steps; "
             "it needs one weight for each of the steps 1..T"
         )
-    if objective.name != "final" and steps == 0:
+    if objective.name in ("multi_step", "online") and steps == 0:
         raise ValueError(
             f"the {objective.name} objective reads the loss at each step; it needs one"
         )
@@ -287,10 +310,12 @@ def inner_loop(
 
     def run(meta: PyTree, state: InnerState, episode: Episode, key: Key):
         encode_key, inner_key, outer_key = keys(key, 3)
+        if objective.name == "unscored":
+            episode = Episode(episode.support)
         episode = encode_episode(problem, meta, episode, encode_key)
         batches = step_batches(episode.support, steps, objective)
         optimizer = problem.optimizer(meta)
-        if objective.name != "online" and episode.query is None:
+        if objective.name in ("final", "multi_step") and episode.query is None:
             raise ValueError(
                 f"the {objective.name} objective scores the query; this episode has none"
             )
@@ -309,11 +334,14 @@ def inner_loop(
                 score = outer_loss(fast, meta, episode.query, fold(outer_key, state.step))
             return state, (jax.lax.stop_gradient(loss), score)
 
+        scores: Any = None
         if steps == 0:
-            losses, scores = jnp.zeros((0,)), None
+            losses = jnp.zeros((0,))
         else:
             state, (losses, scores) = scan_steps(step, state, batches, steps, remat)
-        if objective.name == "final":
+        if objective.name == "unscored":
+            loss, aux = jnp.zeros(()), {}
+        elif objective.name == "final":
             loss, aux = outer_loss(state.fast, meta, episode.query, fold(outer_key, state.step))
         elif objective.name == "multi_step":
             values, auxs = scores

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -67,7 +69,7 @@ def over_tasks(
 
         def several(indices: jax.Array, state: PyTree, episodes: Episode):
             grads, state, info = jax.vmap(one)(indices, state, episodes)
-            return jax.tree.map(lambda g: jnp.sum(g, axis=0), grads), state, info
+            return jax.tree.map(lambda g: jnp.sum(g.astype(wide(g)), axis=0), grads), state, info
 
         indices = jnp.arange(count)
         if together == count:
@@ -82,14 +84,31 @@ def over_tasks(
                 grads, state, info = several(*part)
                 return jax.tree.map(jnp.add, total, grads), (state, info)
 
-            zeros = jax.tree.map(jnp.zeros_like, meta)
+            zeros = jax.tree.map(lambda m: jnp.zeros(jnp.shape(m), wide(m)), meta)
             total, (state, info) = jax.lax.scan(add, zeros, parts)
             state, info = jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), (state, info))
-        grads = jax.tree.map(lambda g: g / count, total)
+        grads = jax.tree.map(lambda g, m: (g / count).astype(jnp.result_type(m)), total, meta)
         info = jax.tree.map(lambda x: jnp.mean(x, axis=0), info)
         return grads, state, Info(*info)._replace(grad_norm=optax.tree.norm(grads))
 
     return MetaGradient(init, estimate)
+
+
+def wide(leaf: Any) -> jnp.dtype:
+    """The dtype in which gradients are summed: the leaf's own, and float32 at least.
+
+    Args:
+        leaf: an array.
+
+    Returns:
+        A floating-point dtype.
+
+    Example:
+        >>> wide(jnp.ones(2, jnp.bfloat16))
+        dtype('float32')
+    """
+    dtype = jnp.result_type(leaf)
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype("float32")
 
 
 def _count(episodes: Episode) -> int:

@@ -78,7 +78,8 @@ def matches(name: str, glob: str) -> bool:
         >>> matches("blocks.mlp.up.kernel", "blocks.mlp.**"), matches("blocks.ln", "blocks.mlp.**")
         (True, False)
     """
-    return _compiled(glob).fullmatch("." + name) is not None
+    dotted = "" if name == "." and glob != "." else "." + name  # a bare leaf has no parts
+    return _compiled(glob).fullmatch(dotted) is not None
 
 
 def select(tree: PyTree, keep: Callable[[str], bool]) -> tuple[PyTree, PyTree]:

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmeta.core.autodiff import stopped_grad
-from jmeta.core.inner import checked, encode_episode, fold, inner_loop, keys, start
-from jmeta.core.types import Array, Episode, Key, Problem, PyTree, Steps
+from jmeta.core.inner import checked, encode_episode, fold, inner_loop, keys, start, unscored
+from jmeta.core.types import Array, Episode, Key, Problem, PyTree, Steps, no_encoding
 
 
 class Curve(NamedTuple):
@@ -50,10 +50,9 @@ def adapt(problem: Problem, meta: PyTree, support: PyTree, steps: int, key: Key 
         >>> float(adapt(Problem(loss, loss, lambda meta: optax.sgd(0.5)), 4.0, 0.0, steps=2))
         1.0
     """
-    silent = problem._replace(outer_loss=lambda *_: (jnp.zeros(()), {}))
     init_key, run_key = keys(key, 2)
-    run = inner_loop(silent, steps, grad=stopped_grad)
-    _, (state, _, _) = run(meta, start(problem, meta, init_key), Episode(support, ()), run_key)
+    run = inner_loop(problem, steps, objective=unscored, grad=stopped_grad)
+    _, (state, _, _) = run(meta, start(problem, meta, init_key), Episode(support), run_key)
     return state.fast
 
 
@@ -92,8 +91,7 @@ def adaptation_values(
     state = start(problem, meta, init_key)
     encoded = encode_episode(problem, meta, episode, encode_key)
     # What follows starts from encoded data, so that the encoder runs once.
-    silent = problem._replace(outer_loss=lambda *_: (jnp.zeros(()), {}))
-    silent = silent._replace(encode=lambda meta, batch, key: batch)
+    encoded_problem = problem._replace(encode=no_encoding)
     done, points = 0, []
     for count in steps:
         part = encoded.support
@@ -101,13 +99,13 @@ def adaptation_values(
             if jax.tree.leaves(part.batches)[0].shape[0] < count:
                 raise ValueError(f"{count} inner steps are asked for, but Steps has fewer batches")
             part = jax.tree.map(lambda x, lo=done, hi=count: x[lo:hi], part)
-        run = inner_loop(silent, count - done, grad=stopped_grad)
-        _, (state, _, _) = run(meta, state, Episode(part, ()), run_key)
+        run = inner_loop(encoded_problem, count - done, objective=unscored, grad=stopped_grad)
+        _, (state, _, _) = run(meta, state, Episode(part), run_key)
         loss, aux = outer_loss(state.fast, meta, encoded.query, fold(score_key, count))
         scalars = (
             {k: v for k, v in aux.items() if jnp.ndim(v) == 0} if isinstance(aux, dict) else {}
         )
-        points.append({"loss": loss, **scalars})
+        points.append({**scalars, "loss": loss})
         done = count
     return {name: jnp.stack([point[name] for point in points]) for name in points[0]}
 
@@ -166,7 +164,7 @@ def evaluate(
         rows = np.arange(low, low + size) % count
         values = several(meta, jax.tree.map(lambda x, r=rows: x[r], episodes), jnp.asarray(rows))
         kept = min(size, count - low)
-        parts.append({name: np.asarray(v)[:kept] for name, v in values.items()})
+        parts.append({name: np.asarray(v, np.float64)[:kept] for name, v in values.items()})
     values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     mean = {name: v.mean(axis=0) for name, v in values.items()}
     return Curve(tuple(steps), mean, {k: half_width(v) for k, v in values.items()}, values)

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import optax
 
 from jmeta.core.autodiff import stopped_grad
-from jmeta.core.inner import InnerState, Objective, final, inner_loop, keys, start
+from jmeta.core.inner import InnerState, Objective, final, inner_loop, start
 from jmeta.core.tree import require_inexact
-from jmeta.core.types import Episode, Info, Key, MetaGradient, Problem, PyTree
+from jmeta.core.types import Array, Episode, Info, Key, MetaGradient, Problem, PyTree
 
 
 class Particles(NamedTuple):
@@ -86,24 +86,25 @@ def evolution(
         # Both members of every pair start at the same point and see the same noise.
         inner = start(problem, meta, key)
         inner = jax.tree.map(lambda x: jnp.broadcast_to(x, (*particles.shape, *x.shape)), inner)
-        return Particles(inner, jax.tree.map(lambda m: jnp.zeros((pairs, *jnp.shape(m))), meta))
+        drift = jax.tree.map(lambda m: jnp.zeros((pairs, *jnp.shape(m)), jnp.result_type(m)), meta)
+        return Particles(inner, drift)
 
     def estimate(meta: PyTree, state: PyTree, episode: Episode, key: Key):
         require_inexact(meta)
         if key is None:
             raise ValueError("evolution draws random perturbations; pass a jax.random.key")
-        init_key, run_key, noise_key = keys(key, 3)
+        init_key, run_key, noise_key = jax.random.split(key, 3)
         noise = _normal_like(noise_key, meta, pairs)
 
-        def value(sign: float, noise: PyTree, inner: PyTree):
-            shifted = jax.tree.map(lambda m, e: m + sign * sigma * e, meta, noise)
+        def value(sign: Array, noise: PyTree, inner: PyTree):
+            shifted = jax.tree.map(lambda m, e: m + sign.astype(e.dtype) * sigma * e, meta, noise)
             first = inner if persistent else start(problem, shifted, init_key)
             loss, (last, losses, aux) = run(shifted, first, episode, run_key)
             return loss, last, losses, aux
 
         each = jax.vmap(jax.vmap(value, in_axes=(None, 0, 0)), in_axes=(0, None, 0))
         inner = state.inner if persistent else jnp.zeros((2, pairs))
-        loss, last, losses, aux = each(jnp.asarray([1.0, -1.0], loss_dtype(meta)), noise, inner)
+        loss, last, losses, aux = each(jnp.asarray([1.0, -1.0]), noise, inner)
         difference = (loss[0] - loss[1]) / (2 * sigma)
         drift = jax.tree.map(jnp.add, state.drift, noise) if persistent else noise
         grads = jax.tree.map(
@@ -123,22 +124,6 @@ def evolution(
         return grads, (Particles(last, drift) if persistent else ()), info
 
     return MetaGradient(init, estimate)
-
-
-def loss_dtype(meta: PyTree) -> jnp.dtype:
-    """The widest dtype among the leaves of meta.
-
-    Args:
-        meta: the meta-parameters.
-
-    Returns:
-        A floating-point dtype.
-
-    Example:
-        >>> loss_dtype({"w": jnp.ones(2)})
-        dtype('float32')
-    """
-    return jnp.result_type(*[jnp.result_type(leaf) for leaf in jax.tree.leaves(meta)])
 
 
 def _normal_like(key: jax.Array, meta: PyTree, count: int) -> PyTree:

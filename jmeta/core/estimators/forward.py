@@ -80,15 +80,18 @@ def forward(
         def derivative(direction: jax.Array):
             return jax.jvp(outer, (flat,), (direction,), has_aux=True)
 
-        directions = jnp.eye(flat.size, dtype=flat.dtype)
         if chunk is None:
             # Only the tangents are mapped: the loop itself runs once.
             loss, slopes, (last, losses, aux) = jax.vmap(derivative, out_axes=(None, 0, None))(
-                directions
+                jnp.eye(flat.size, dtype=flat.dtype)
             )
         else:
             loss, (last, losses, aux) = outer(flat)
-            slopes = jax.lax.map(lambda d: derivative(d)[1], directions, batch_size=chunk)
+            slopes = jax.lax.map(
+                lambda i: derivative(jax.nn.one_hot(i, flat.size, dtype=flat.dtype))[1],
+                jnp.arange(flat.size),
+                batch_size=chunk,
+            )
         grads = unravel(slopes.astype(flat.dtype))
         info = Info(loss, losses, aux, optax.tree.norm(grads))
         return grads, (last if persistent else ()), info

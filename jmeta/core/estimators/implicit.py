@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import optax
 
 from jmeta.core.autodiff import stopped_grad
-from jmeta.core.checks import differentiating, require_dependence
+from jmeta.core.checks import differentiating, losses_at_start, require_dependence
+from jmeta.core.estimators.unrolled import unrolled
 from jmeta.core.inner import (
     checked,
     encode_episode,
@@ -21,6 +22,7 @@ from jmeta.core.inner import (
     keys,
     start,
     step_batches,
+    unscored,
 )
 from jmeta.core.inner import final as final_objective
 from jmeta.core.tree import require_inexact
@@ -136,7 +138,10 @@ def proximal(problem: Problem, strength: float) -> Problem:
     def inner_loss(fast: PyTree, meta: PyTree, batch: PyTree, key: Key) -> tuple[Array, PyTree]:
         loss, aux = problem.inner_loss(fast, meta, batch, key)
         anchor = problem.init(meta, None)
-        squares = jax.tree.map(lambda f, a: jnp.sum(jnp.square(f - a)), fast, anchor)
+        loss = jnp.asarray(loss)
+        squares = jax.tree.map(
+            lambda f, a: jnp.sum(jnp.square(f - a)).astype(loss.dtype), fast, anchor
+        )
         return loss + 0.5 * strength * sum(jax.tree.leaves(squares)), aux
 
     return problem._replace(inner_loss=inner_loss)
@@ -175,9 +180,9 @@ def implicit(problem: Problem, steps: int, *, solver: Solver | None = None) -> M
     Source: Rajeswaran et al. (2019), equation 6.
     """
     solve = cg() if solver is None else solver
-    run = inner_loop(
-        problem._replace(outer_loss=lambda *_: (jnp.zeros(()), {})), steps, grad=stopped_grad
-    )
+    if steps == 0:  # nothing has been optimised: the plain gradient
+        return unrolled(problem, 0)
+    run = inner_loop(problem, steps, objective=unscored, grad=stopped_grad)
     inner = checked(problem.inner_loss, "inner_loss")
     outer = checked(problem.outer_loss, "outer_loss")
 
@@ -213,9 +218,8 @@ def implicit(problem: Problem, steps: int, *, solver: Solver | None = None) -> M
             "reads meta: the gradient through it is exactly zero. Add "
             "jmeta.proximal(problem, strength) for a learned initialisation, or use mixed_mode",
         )
-        with differentiating(
-            problem, lambda m: outer_total(fast, m)[0] + inner_total(fast, m), meta
-        ):
+        both = lambda m: (outer_total(fast, m)[0], jax.grad(inner_total)(fast, m))  # noqa: E731
+        with differentiating(both, losses_at_start(problem, episode, key), fast, meta):
             (loss, aux), (outer_fast, outer_meta) = jax.value_and_grad(
                 outer_total, argnums=(0, 1), has_aux=True
             )(fast, meta)
@@ -232,7 +236,7 @@ def implicit(problem: Problem, steps: int, *, solver: Solver | None = None) -> M
             mixed,
             meta,
         )
-        tiny = jnp.finfo(loss.dtype).tiny
+        tiny = float(jnp.finfo(loss.dtype).tiny)
         diagnostics = {
             "residual": optax.tree.norm(residual) / (optax.tree.norm(outer_fast) + tiny),
             "stationarity": optax.tree.norm(slope),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from jmeta.core.autodiff import stopped_grad
-from jmeta.core.inner import checked, encode_episode, inner_loop, keys, start
+from jmeta.core.inner import checked, encode_batch, inner_loop, keys, start, unscored
 from jmeta.core.tree import path_name, require_inexact
 from jmeta.core.types import Episode, Info, Key, MetaGradient, Problem, PyTree
 
@@ -38,9 +38,7 @@ def reptile(problem: Problem, steps: int) -> MetaGradient:
 
     Source: Nichol et al., "On First-Order Meta-Learning Algorithms" (2018), algorithm 1.
     """
-    run = inner_loop(
-        problem._replace(outer_loss=lambda *_: (jnp.zeros(()), {})), steps, grad=stopped_grad
-    )
+    run = inner_loop(problem, steps, objective=unscored, grad=stopped_grad)
     outer_loss = checked(problem.outer_loss, "outer_loss")
 
     def init(meta: PyTree, key: Key) -> PyTree:
@@ -53,15 +51,14 @@ def reptile(problem: Problem, steps: int) -> MetaGradient:
         init_key, run_key, query_key, loss_key = keys(key, 4)
         first = start(problem, meta, init_key)
         _require_same_structure(first.fast, meta)
-        # The loop asks for a query only to score it, which is done below where there is one.
-        _, (last, losses, _) = run(meta, first, episode._replace(query=()), run_key)
+        _, (last, losses, _) = run(meta, first, episode, run_key)
         grads = jax.tree.map(
             lambda m, end: (m - end).astype(jnp.result_type(m)), first.fast, last.fast
         )
         loss, aux = (losses[-1] if steps else jnp.zeros(())), {}
         if episode.query is not None:
-            encoded = encode_episode(problem, meta, Episode((), episode.query), query_key)
-            loss, aux = outer_loss(last.fast, meta, encoded.query, loss_key)
+            query = encode_batch(problem, meta, episode.query, query_key)
+            loss, aux = outer_loss(last.fast, meta, query, loss_key)
         return grads, state, Info(loss, losses, aux, optax.tree.norm(grads))
 
     return MetaGradient(init, estimate)

@@ -18,7 +18,7 @@ from jmeta.core.autodiff import (
     reverse_grad,
     stopped_grad,
 )
-from jmeta.core.checks import differentiating, require_dependence
+from jmeta.core.checks import differentiating, losses_at_start, require_dependence
 from jmeta.core.inner import InnerLoop, InnerState, Objective, final, inner_loop, keys, start
 from jmeta.core.tree import require_inexact
 from jmeta.core.types import Episode, Info, Key, MetaGradient, Problem, PyTree, Steps
@@ -203,7 +203,9 @@ def truncated(
         frozen = jax.lax.stop_gradient(meta)
         _, (state, losses, _) = warm_up(frozen, jax.lax.stop_gradient(state), early, warm_key)
         loss, (state, more, aux) = tail(meta, jax.lax.stop_gradient(state), late, tail_key)
-        return loss, (state, jnp.concatenate([losses, more]), aux)
+        # A loop of no steps has no dtype of its own to give its empty losses.
+        parts = [part for part in (losses, more) if part.size] or [more]
+        return loss, (state, jnp.concatenate(parts), aux)
 
     def require_read(meta: PyTree, episode: Episode, key: Key) -> None:
         fixed = start(problem, meta, key)
@@ -248,7 +250,8 @@ def _estimator(
             first = state if persistent else start(problem, meta, init_key)
             return run(meta, first, episode, run_key)
 
-        with differentiating(problem, outer, meta):
+        fast = state.fast if persistent else None
+        with differentiating(outer, losses_at_start(problem, episode, key), fast, meta):
             (loss, (last, losses, aux)), grads = jax.value_and_grad(outer, has_aux=True)(meta)
         grads = jax.tree.map(lambda g, m: g.astype(jnp.result_type(m)), grads, meta)
         info = Info(loss, losses, aux, optax.tree.norm(grads))
