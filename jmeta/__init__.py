@@ -7,6 +7,8 @@ A ``Problem`` (two losses, a start, an optimizer) goes into an estimator, which 
 import importlib
 from typing import Any
 
+from jmeta import cost, methods
+from jmeta.core import optim
 from jmeta.core.autodiff import mixed_mode_grad, reverse_grad, stopped_grad
 from jmeta.core.checks import NotDifferentiableError, check
 from jmeta.core.estimators.evolution import evolution
@@ -66,8 +68,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # Imported on first use, so that `import jmeta` costs no more than jax and optax.
-    if name in ("cost", "data", "methods", "models", "runtime", "tasks", "testing"):
+    if name in ("data", "models", "runtime", "tasks", "testing"):
         return importlib.import_module(f"jmeta.{name}")
-    if name == "optim":
-        return importlib.import_module("jmeta.core.optim")
     raise AttributeError(f"module 'jmeta' has no attribute {name!r}")

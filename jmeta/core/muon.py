@@ -124,7 +124,7 @@ def muon(
         )
         # Ones stand in for a zero matrix before the norm, not after: see safe_norm.
         x = jnp.where(zero, jnp.ones_like(x), x)
-        direction, _ = inner.update(x, inner.init(x))
+        direction: Any = inner.update(x, inner.init(x))[0]
         fan_in, fan_out = (math.prod(x.shape[a] for a in axes) for axes in _sides(x, spec))
         if consistent_rms is None:
             scale = math.sqrt(max(1.0, fan_out / fan_in))
@@ -141,7 +141,7 @@ def muon(
         mu: Any = optax.tree.update_moment(updates, state.mu, beta, 1)
         count = jnp.asarray(optax.safe_increment(state.count))
         if nesterov:
-            mu_hat = jax.tree.map(
+            mu_hat: Any = jax.tree.map(
                 lambda m, g: beta * m + (1 - beta) * g,
                 optax.tree.bias_correction(mu, beta, optax.safe_increment(count)),
                 optax.tree.bias_correction(updates, beta, count),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import optax
@@ -35,14 +35,16 @@ def per_step_rates(loss: TaskLoss) -> Problem:
     )
 
 
-def maml_plus_plus_init(params: PyTree, rate: float, steps: int, per: str = "leaf") -> PyTree:
+def maml_plus_plus_init(
+    params: PyTree, rate: float, steps: int, per: Literal["leaf", "layer", "element"] = "leaf"
+) -> PyTree:
     """Meta-parameters for ``maml_plus_plus``.
 
     Args:
         params: the initial parameters.
         rate: the initial learning rate.
         steps: number of inner steps.
-        per: ``"leaf"``, or ``"layer"`` where layers are stacked on a leading axis.
+        per: ``"leaf"``; ``"layer"`` where layers are stacked on a leading axis; ``"element"``.
 
     Returns:
         ``{"start": params, "rates": rates}``, every rate with a leading ``[steps]`` axis.
