@@ -1,0 +1,441 @@
+"""Few-shot text classification on unseen classes: exact MAML beside nine other ways (make demo).
+
+A network is trained jointly on half of the training classes; its body is then frozen, and every
+method goes on from there on the other half. All are scored on the same episodes of test classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jmeta
+from experiments import _fewshot_baselines as baselines
+from experiments import _fewshot_model as model
+from experiments import _fewshot_report as page
+from experiments._fewshot_report import STEPS, Scored
+from experiments._shared import Trained, train_method, write_metrics
+from jmeta.core.types import Array, Episode, MetaGradient, PyTree
+from jmeta.data.loader import episode_loader
+from jmeta.data.sources import DataUnavailable
+from jmeta.methods.maml import learned_start
+from jmeta.runtime import config as configuration
+from jmeta.runtime.cache import use_compilation_cache
+from jmeta.runtime.evaluate import adaptation_values
+from jmeta.tasks.corpora import SPLITS, stdlib_passages
+from jmeta.tasks.episodes import FewShot, at_least, draws, episodes, split_classes
+from jmeta.tasks.labelled_text import labelled_text
+
+RATES = (0.1, 0.3, 1.0, 3.0, 10.0)
+META = ("maml", "fomaml", "reptile", "anil")
+# Seeds of the episodes; training takes the run's own, which are small.
+VALIDATION, TEST = 10**6, 10**6 + 1
+CHUNK = 20  # episodes per compiled evaluation: one program for every number of episodes
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(configuration.RunConfig):
+    """Few-shot text classification on unseen classes, with exact MAML and its alternatives."""
+
+    source: str = "stdlib"
+    """stdlib (passages of Python's standard library), clinc150, banking77, huffpost, hwu64, or a
+    file with the columns text and label."""
+    ways: int = 5
+    """Classes per episode."""
+    shots: int = 5
+    """Support passages per class."""
+    queries: int = 10
+    """Query passages per class in training."""
+    test_queries: int = 15
+    """Query passages per class in validation and test."""
+    vocab: int = 2048
+    """Size of the byte-level BPE vocabulary."""
+    length: int = 64
+    """Tokens per passage."""
+    width: int = 128
+    """Width of the token embedding and of the adapter."""
+    dropout: float = 0.3
+    """Share of the tokens dropped in joint training."""
+    top_dropout: float = 0.0
+    """Share of the encoded features dropped while a method trains the top."""
+    joint_steps: int = 800
+    """Steps of joint training that every method starts from."""
+    joint_batch: int = 100
+    """Passages per step of joint training, and of transfer."""
+    joint_lr: float = 1e-3
+    """AdamW's rate at the start of a cosine decay, in joint training and transfer."""
+    meta_steps: int = 200
+    """Meta-steps of each method; transfer takes as many gradient evaluations as exact MAML."""
+    meta_batch: int = 8
+    """Episodes per meta-step."""
+    inner_steps: int = 3
+    """Inner steps in meta-training; their number at test is chosen on validation classes."""
+    outer_lr: float = 1e-3
+    """Adam's rate at the start of a cosine decay, of maml, fomaml and anil."""
+    reptile_lr: float = 0.3
+    """Reptile's step towards the adapted weights, at the start of a cosine decay."""
+    evaluations: int = 4
+    """How often validation looks at a method while it trains; the best look is kept."""
+    validation_episodes: int = 100
+    """Episodes of validation classes, for every choice."""
+    test_episodes: int = 500
+    """Episodes of test classes, for the numbers reported."""
+    cost_repeats: int = 5
+    """Timed runs of each estimator in the cost table."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if gradient_evaluations(self, "maml") % self.joint_batch:
+            raise ValueError(
+                f"transfer cannot take exactly {gradient_evaluations(self, 'maml')} gradient "
+                f"evaluations in batches of {self.joint_batch}: change joint_batch or meta_batch"
+            )
+
+
+def gradient_evaluations(config: Config, method: str) -> int:
+    """Gradient evaluations of a method's training after the joint start.
+
+    One is a forward and a backward pass of the top of the network over one passage. An inner step
+    takes one for each support passage, and its exact derivative, a Jacobian-vector product of the
+    gradient, counts as two more. The query takes one each. Reptile has no query and learns from
+    all passages of an episode. Inner steps of ANIL count like the others although they are cheaper.
+    """
+    support, query = config.ways * config.shots, config.ways * config.queries
+    inner = config.inner_steps * support
+    each = {
+        "maml": 3 * inner + query,
+        "anil": 3 * inner + query,
+        "fomaml": inner + query,
+        "reptile": config.inner_steps * (support + query),
+    }
+    each["transfer"] = each["maml"]
+    return each.get(method, 0) * config.meta_batch * config.meta_steps
+
+
+PRESETS = {
+    "demo": Config(),
+    "full": Config(seeds=5, meta_steps=1000, joint_steps=2000, test_episodes=1000),
+    "smoke": Config(
+        ways=3, shots=2, queries=3, test_queries=4, width=8, joint_steps=4, joint_batch=12,
+        meta_steps=4, meta_batch=2, inner_steps=2, evaluations=2, validation_episodes=4,
+        test_episodes=6, cost_repeats=1, vocab=512, length=32,
+    ),
+}  # fmt: skip
+
+
+class Data(NamedTuple):
+    """What a seed's methods share.
+
+    Attributes:
+        tokens: the sources by split, as tokens.
+        encoded: the sources that went through the frozen body: ``train`` (the classes that the
+            body has not seen), ``validation`` and ``test``.
+    """
+
+    tokens: dict[str, FewShot]
+    encoded: dict[str, FewShot]
+
+
+def load(config: Config) -> dict[str, FewShot]:
+    """The sources by split, without classes that are too small for an episode."""
+    least = config.shots + max(config.queries, config.test_queries)
+    if config.source == "stdlib":
+        found = stdlib_passages(length=config.length, vocab=config.vocab, min_passages=least)
+    else:
+        found = labelled_text(config.source, length=config.length, vocab=config.vocab)
+    return {split: at_least(found[split], least) for split in SPLITS}
+
+
+def joint(dropout: float, *, whole: bool) -> MetaGradient:
+    """The plain gradient of a joint classifier: a meta-gradient of zero inner steps."""
+    loss = model.whole_loss(dropout) if whole else model.top_loss(dropout)
+    return jmeta.first_order(learned_start(loss, optax.identity()), 0)
+
+
+def estimator(config: Config, method: str, rates: dict[str, float]) -> MetaGradient:
+    """The meta-gradient of one method."""
+    full = model.full_problem(rates["full"], config.top_dropout)
+    head = model.head_problem(rates["head"], config.top_dropout)
+    steps = config.inner_steps
+    found = {
+        "maml": lambda: jmeta.mixed_mode(full, steps),
+        "fomaml": lambda: jmeta.first_order(full, steps),
+        "reptile": lambda: jmeta.reptile(full, steps),
+        "anil": lambda: jmeta.mixed_mode(head, steps),
+    }
+    return jmeta.over_tasks(found[method](), microbatch=1)
+
+
+def make_curves() -> dict[str, Any]:
+    """``(meta, rate, episodes) -> accuracy [episodes, len(STEPS)]`` by which weights adapt."""
+
+    def make(problem: Any):
+        @jax.jit
+        def chunk(meta: PyTree, rate: Array, batch: Episode) -> Array:
+            def one(episode: Episode) -> Array:
+                return adaptation_values(problem(rate), meta, episode, STEPS)["accuracy"]
+
+            return jax.lax.map(one, batch)
+
+        def curve(meta: PyTree, rate: float, batch: Episode) -> np.ndarray:
+            count = len(batch.query["y"])
+            found = []
+            for low in range(0, count, CHUNK):
+                rows = np.arange(low, low + CHUNK) % count
+                part = jax.tree.map(lambda leaf, rows=rows: leaf[rows], batch)
+                found.append(np.asarray(chunk(meta, jnp.float32(rate), part)))
+            return np.concatenate(found)[:count]
+
+        return curve
+
+    return {"full": make(model.full_problem), "head": make(model.head_problem)}
+
+
+def search(curve: Any, meta: PyTree, batch: Episode) -> np.ndarray:
+    """Mean validation accuracy by rate and number of inner steps, ``[rates, steps]``."""
+    return np.stack([curve(meta, rate, batch).mean(0) for rate in RATES])
+
+
+def few_way(config: Config, params: PyTree) -> PyTree:
+    """Adapter and a fresh head for an episode, from parameters with any head."""
+    kernel = params["head"]["kernel"]
+    return {
+        "adapter": params["adapter"],
+        "head": model.zero_head(kernel.shape[0], config.ways),
+    }
+
+
+class Clock:
+    """Wall and CPU seconds of each phase of a run."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, tuple[float, float]] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        before = self.spent.get(phase, (0.0, 0.0))
+        now = time.perf_counter() - wall, time.process_time() - cpu
+        self.spent[phase] = (before[0] + now[0], before[1] + now[1])
+
+
+def train(
+    config: Config, name: str, seed: int, mg: MetaGradient, outer: Any, meta: PyTree, sample: Any,
+    *, steps: int, validate: Any = None,
+) -> Trained:  # fmt: skip
+    """Train one phase in a folder of its own; the best look of validation, if there is one."""
+    loader = episode_loader(sample, seed=seed, threads=1)
+    looks = max(1, steps // config.evaluations)
+    judged = {"evaluate": validate, "evaluate_every": looks, "best": "max:accuracy"}
+    try:
+        return train_method(
+            f"{name}, seed {seed}", mg, outer, meta, loader, config.out / f"{name}-{seed}",
+            resume=config.resume, steps=steps, key=seed, keep=1, checkpoint_every=looks,
+            log_every=max(1, steps // 20), **(judged if validate else {}),
+        )  # fmt: skip
+    finally:
+        loader.close()
+
+
+def joint_start(
+    config: Config, seed: int, tokens: dict[str, FewShot], clock: Clock
+) -> tuple[PyTree, PyTree, Data]:
+    """Parameters before and after joint training, and the data that went through the body."""
+    seen, unseen = split_classes(tokens["train"], (0.5, 0.5), seed=seed)
+    counts = seen._replace(x=model.bags(seen.x, config.vocab))
+    fresh = model.init(jax.random.key(seed), config.vocab, config.width, len(seen.names))
+    fresh["body"]["gate"] = jnp.log(jnp.asarray(model.inverse_document_frequency(counts.x)))
+    schedule = optax.cosine_decay_schedule(config.joint_lr, config.joint_steps)
+    with clock("joint training"):
+        trained = train(
+            config, "joint", seed, joint(config.dropout, whole=True),
+            optax.adamw(schedule, weight_decay=1e-2), fresh,
+            model.batches(counts, config.joint_batch), steps=config.joint_steps,
+        )  # fmt: skip
+    with clock("encoding all passages once"):
+        body = trained.meta["body"]
+        sources = {"train": unseen, "validation": tokens["validation"], "test": tokens["test"]}
+        encoded = {k: model.encode_source(body, v, config.vocab) for k, v in sources.items()}
+    return fresh, trained.meta, Data(tokens, encoded)
+
+
+def as_reptile(sample: Any) -> Any:
+    """Episodes without a query: Reptile's inner loop learns from all of it."""
+
+    def joined(seed: int, step: int) -> Episode:
+        both = sample(seed, step)
+        return Episode(jax.tree.map(lambda *x: np.concatenate(x, 1), both.support, both.query))
+
+    return joined
+
+
+def run_seed(config: Config, seed: int, tokens: dict[str, FewShot], clock: Clock) -> page.Seed:
+    """Train and score every method of one seed."""
+    fresh, start, data = joint_start(config, seed, tokens, clock)
+    size = {"ways": config.ways, "shots": config.shots}
+    tests = {**size, "queries": config.test_queries}
+    held_out = episodes(data.encoded["validation"], tasks=config.validation_episodes, **tests)
+    held_out = held_out(VALIDATION, 0)
+    curves = make_curves()
+    meta = few_way(config, start)
+
+    with clock("search of the inner rate"):
+        grids = {kind: search(curves[kind], meta, held_out) for kind in curves}
+        # In training, a rate is used for inner_steps; the nearest number on the grid stands for it.
+        at = int(np.argmin(np.abs(np.array(STEPS) - config.inner_steps)))
+        rates = {kind: RATES[int(grid[:, at].argmax())] for kind, grid in grids.items()}
+
+    def validator(kind: str, prepare: Any = lambda params: params) -> Any:
+        def look(params: PyTree) -> dict[str, float]:
+            found = curves[kind](prepare(params), rates[kind], held_out)
+            return {"accuracy": float(found[:, at].mean())}
+
+        return look
+
+    sample = episodes(
+        data.encoded["train"], queries=config.queries, tasks=config.meta_batch, **size
+    )
+    runs: dict[str, Trained] = {}
+    for method in META:
+        lr = config.reptile_lr if method == "reptile" else config.outer_lr
+        schedule = optax.cosine_decay_schedule(lr, config.meta_steps)
+        outer = optax.sgd(schedule) if method == "reptile" else optax.adam(schedule)
+        with clock(method):
+            runs[method] = train(
+                config, method, seed, estimator(config, method, rates),
+                optax.chain(optax.clip_by_global_norm(10.0), outer), meta,
+                as_reptile(sample) if method == "reptile" else sample,
+                steps=config.meta_steps, validate=validator("head" if method == "anil" else "full"),
+            )  # fmt: skip
+    with clock("transfer"):
+        runs["transfer"] = transfer(
+            config, seed, start, data, validator("full", lambda params: few_way(config, params))
+        )
+
+    starts = {name: each.meta for name, each in runs.items()}
+    starts["transfer"] = few_way(config, starts["transfer"])
+    starts |= {"joint start": meta, "no meta-training": few_way(config, fresh)}
+    plain = {
+        split: model.encode_source(fresh["body"], tokens[split], config.vocab)
+        for split in ("validation", "test")
+    }  # through the body as it was before any training
+    with clock("scoring"):
+        scored = {}
+        for name, params in starts.items():
+            sources = plain if name == "no meta-training" else data.encoded
+            kind = "head" if name == "anil" else "full"
+            scored[name] = score(config, curves[kind], params, sources, tests)
+    with clock("baselines"):
+        adapter = starts["transfer"]["adapter"]
+        scored |= score_baselines(config, adapter, data, tests)
+    return page.Seed(seed, scored, runs, grids, rates, meta, sample(seed, 0))
+
+
+def transfer(config: Config, seed: int, start: PyTree, data: Data, validate: Any) -> Trained:
+    """Go on with joint training on the classes that the meta-learners learn from."""
+    source = data.encoded["train"]
+    steps = gradient_evaluations(config, "transfer") // config.joint_batch
+    kernel = start["head"]["kernel"]
+    params = {
+        "adapter": start["adapter"],
+        "head": model.zero_head(kernel.shape[0], len(source.names)),
+    }
+    schedule = optax.cosine_decay_schedule(config.joint_lr, steps)
+    return train(
+        config, "transfer", seed, joint(config.top_dropout, whole=False),
+        optax.adamw(schedule, weight_decay=1e-2), params,
+        model.batches(source, config.joint_batch), steps=steps, validate=validate,
+    )  # fmt: skip
+
+
+def score(
+    config: Config, curve: Any, meta: PyTree, sources: dict[str, FewShot], tests: dict[str, int]
+) -> Scored:
+    """Choose rate and steps on validation classes; accuracy on the test episodes at that rate."""
+    make = episodes(sources["validation"], tasks=config.validation_episodes, **tests)
+    grid = search(curve, meta, make(VALIDATION, 0))
+    best, at = np.unravel_index(int(grid.argmax()), grid.shape)
+    rate = RATES[int(best)]
+    test = episodes(sources["test"], tasks=config.test_episodes, **tests)(TEST, 0)
+    return Scored(curve(meta, rate, test), int(at), rate)
+
+
+def score_baselines(
+    config: Config, adapter: PyTree, data: Data, tests: dict[str, int]
+) -> dict[str, Scored]:
+    """What needs no gradient steps on the network, on the rows of the same episodes."""
+    make = jax.jit(model.features)
+    on = {k: np.asarray(make(adapter, data.encoded[k].x)) for k in ("validation", "test")}
+    held_out = draws(data.encoded["validation"], tasks=config.validation_episodes, **tests)
+    draw = draws(data.encoded["test"], tasks=config.test_episodes, **tests)(TEST, 0)
+    counts = model.bags(data.tokens["test"].x, config.vocab)
+    weights = model.inverse_document_frequency(
+        model.bags(data.tokens["train"].x, config.vocab)
+    )
+    ridge = baselines.choose_ridge(on["validation"], held_out(VALIDATION, 0))
+    found = {
+        "linear probe, joint features": baselines.linear_probe(on["test"], draw, ridge),
+        "prototypes, joint features": baselines.prototypes(on["test"], draw),
+        "prototypes, tf-idf": baselines.prototypes(counts * weights[None], draw),
+        "nearest neighbour, tokens": baselines.nearest_neighbour(counts, draw),
+        "majority": baselines.majority(draw),
+    }
+    return {name: Scored(values[:, None]) for name, values in found.items()}
+
+
+def costs(config: Config, seed: page.Seed) -> list[Any]:
+    """Time, memory and compile time of the estimators on this very problem."""
+    problem, steps = model.full_problem(seed.rates["full"]), config.inner_steps
+    chosen = {
+        "first_order": jmeta.first_order(problem, steps),
+        "mixed_mode": jmeta.mixed_mode(problem, steps),
+        "unrolled": jmeta.unrolled(problem, steps),
+        "reptile": jmeta.reptile(problem, steps),
+    }
+    many = {name: jmeta.over_tasks(mg) for name, mg in chosen.items()}
+    episode = jax.tree.map(jnp.asarray, seed.episode)
+    return jmeta.cost.table(
+        problem, steps, seed.meta, episode, chosen=many, repeats=config.cost_repeats
+    )
+
+
+def run(config: Config) -> None:
+    """Train, score, and write the run directory."""
+    configuration.dump(config, config.out)
+    clock, begun = Clock(), (time.perf_counter(), time.process_time())
+    with clock("text and tokeniser"):
+        try:
+            tokens = load(config)
+        except (DataUnavailable, ValueError) as error:
+            sys.exit(str(error))
+    seeds = [run_seed(config, seed, tokens, clock) for seed in config.seed_list]
+    write_metrics(
+        config.out,
+        {f"{name}, seed {s.seed}": each.history for s in seeds for name, each in s.runs.items()},
+    )
+    with clock("cost table"):
+        cost = costs(config, seeds[0])
+    counts = {m: gradient_evaluations(config, m) for m in (*META, "transfer")}
+    total = time.perf_counter() - begun[0], time.process_time() - begun[1]
+    page.write(config, seeds, cost, counts, clock.spent, total)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    with configuration.track(configuration.parse(PRESETS, argv)) as config:
+        use_compilation_cache()
+        run(config)
+
+
+if __name__ == "__main__":
+    main()
