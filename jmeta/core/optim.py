@@ -6,7 +6,7 @@ layer that the loss does not touch. The chain rule meets :math:`\sqrt{v}'` at :m
 :math:`0 \cdot \infty` is not a number. The functions here have optax's names, arguments, states
 and updates, and a finite derivative there. ``optax.sgd``, momentum included, needs none of this.
 
-What optax |optax| does, in float32, three inner steps, where the inner gradient is zero
+What optax 0.2.8 does, in float32, three inner steps, where the inner gradient is zero
 in some *entries* of a leaf (a dead unit, an unseen row), and in a *whole leaf*:
 
 ===============================================================  =========  ==========  ==========
@@ -27,7 +27,6 @@ yogi, fromage, noisy_sgd, contrib.cocob, contrib.acprop
 lion, signum, sign_sgd, rprop                                    finite     finite      [4]_
 ===============================================================  =========  ==========  ==========
 
-.. |optax| replace:: 0.2.8
 .. [1] In the leaves it gives to Adam, those that are not matrices.
 .. [2] When the gradient of every leaf is zero.
 .. [3] Pass ``eps_root=1e-16`` to ``optimistic_adam_v2``; leave ``eps_in_sqrt`` at its default.

@@ -35,8 +35,8 @@ def init(
         blocks: number of blocks.
 
     Returns:
-        ``{"block0": {"kernel" [3, 3, channels, filters], "scale" [filters], "bias" [filters]},
-        ..., "head": {"kernel" [features, classes], "bias" [classes]}}``.
+        ``{"block0": {"kernel", "scale", "bias"}, ..., "head": {"kernel", "bias"}}``: kernels are
+        ``[3, 3, channels, filters]`` and ``[features, classes]``, the rest vectors.
 
     Raises:
         ValueError: the images are too small for so many blocks.
