@@ -76,7 +76,6 @@ def init(key: Array, vocab: int, width: int, classes: int) -> dict[str, Any]:
     return {
         "body": {"gate": jnp.zeros(vocab), "embed": normal(keys[0], vocab, width)},
         "adapter": {
-            "gate": jnp.zeros(vocab),
             "scale": jnp.log(jnp.asarray([SCALE, DEEP_SCALE])),
             "up": normal(keys[1], width, width),
             "bias": jnp.zeros(width),
@@ -106,7 +105,7 @@ def encode(body: PyTree, counts: Array) -> dict[str, Array]:
 
 
 def features(adapter: PyTree, x: dict[str, Array]) -> Array:
-    """The adapter: reweighted tokens, and a residual layer on the embedding.
+    """The adapter: a residual layer on the embedding, and the lengths of both feature vectors.
 
     Args:
         adapter: as ``init`` makes it.
@@ -116,11 +115,21 @@ def features(adapter: PyTree, x: dict[str, Array]) -> Array:
         ``[n, vocab + width]``.
     """
     scale = jnp.exp(adapter["scale"])
-    lexical = _unit(x["lexical"] * jnp.exp(adapter["gate"])[None])
-    deep = x["deep"]
-    hidden = jax.nn.gelu(deep @ adapter["up"] + adapter["bias"][None])
-    deep = _unit(deep + hidden @ adapter["down"])
-    return jnp.concatenate([scale[0] * lexical, scale[1] * deep], -1)
+    return jnp.concatenate([scale[0] * x["lexical"], scale[1] * _adapted(adapter, x)], -1)
+
+
+def _adapted(adapter: PyTree, x: dict[str, Array]) -> Array:
+    hidden = jax.nn.gelu(x["deep"] @ adapter["up"] + adapter["bias"][None])
+    return _unit(x["deep"] + hidden @ adapter["down"])
+
+
+def _logits(params: PyTree, x: dict[str, Array]) -> Array:
+    """``features @ kernel + bias`` without the wide features in memory once more."""
+    scale, kernel = jnp.exp(params["adapter"]["scale"]), params["head"]["kernel"]
+    vocab = x["lexical"].shape[1]
+    lexical = scale[0] * (x["lexical"] @ kernel[:vocab])
+    deep = scale[1] * (_adapted(params["adapter"], x) @ kernel[vocab:])
+    return lexical + deep + params["head"]["bias"][None]
 
 
 def _unit(x: Array) -> Array:
@@ -139,8 +148,7 @@ def top_loss(dropout: float):
 
     def loss(params: PyTree, batch: PyTree, key: Key) -> tuple[Array, PyTree]:
         x = _dropped(batch["x"], dropout, key)
-        head = params["head"]
-        logits = features(params["adapter"], x) @ head["kernel"] + head["bias"][None]
+        logits = _logits(params, x)
         value = losses.cross_entropy(logits, batch["y"], batch["mask"])
         return value, {"accuracy": losses.accuracy(logits, batch["y"], batch["mask"])}
 

@@ -127,7 +127,7 @@ def adaptation(config: Any, seeds: Sequence[Seed]) -> Figure:
         if len(seeds) > 1:
             values = np.stack([each.scored[name].values.mean(0) for each in seeds])
         points = [mean_ci(column) for column in values.T]
-        half = [point.half_width for point in points]
+        half = np.array([point.half_width or 0.0 for point in points])
         steps = STEPS if found.rate is not None else (0,)
         if found.rate is not None or name.startswith(("prototypes", "nearest")):
             drawn[name] = (steps, [point.mean for point in points], half)
@@ -156,7 +156,7 @@ def learning(config: Any, seeds: Sequence[Seed]) -> Figure:
         shares = [100 * row["step"] / last for row in runs[0]]
         columns = np.array([[row["eval/accuracy"] for row in rows] for rows in runs]).T
         found = [mean_ci(column) for column in columns]
-        half = None if len(seeds) == 1 else [each.half_width for each in found]
+        half = None if len(seeds) == 1 else np.array([each.half_width or 0.0 for each in found])
         drawn[name] = (shares, [each.mean for each in found], half)
     return (
         "Accuracy on validation classes while each method trains; the best look is kept.",
@@ -281,8 +281,9 @@ its features are as strange to the meta-learners as those of the test classes wi
 
 Exact MAML (mixed mode), first-order MAML, Reptile and ANIL see the same episodes. Transfer goes on
 with joint training for exactly as many gradient evaluations as exact MAML, and is fine-tuned.
-"No meta-training" fine-tunes the network as it was before any training (its token weights start at
-inverse document frequencies); "joint start" fine-tunes what the meta-learners started from."""
+Joint training starts from inverse document frequencies as token weights. "No meta-training"
+fine-tunes the same network with random weights; "joint start" fine-tunes what the meta-learners
+started from."""
 
 
 def _notes(config: Any, seeds: Sequence[Seed]) -> list[str]:
@@ -301,6 +302,7 @@ def _notes(config: Any, seeds: Sequence[Seed]) -> list[str]:
         "counted.",
         "All choices were made on validation classes: the inner rate of meta-training (a grid at "
         f"the joint start; here {grid}), the best of {config.evaluations} looks while a method "
-        "trains, and each method's own rate and number of steps at test, from the same grid.",
+        "trains, and each method's number of steps at test. The meta-learned keep their rate; "
+        "transfer, joint start and no meta-training choose theirs from the same grid.",
         "Seconds are those of this machine; CPU seconds count both cores.",
     ]

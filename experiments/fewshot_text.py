@@ -9,9 +9,8 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,27 +18,21 @@ import numpy as np
 import optax
 
 import jmeta
-from experiments import _fewshot_baselines as baselines
 from experiments import _fewshot_model as model
 from experiments import _fewshot_report as page
-from experiments._fewshot_report import STEPS, Scored
+from experiments import _fewshot_scoring as scoring
 from experiments._shared import Trained, train_method, write_metrics
-from jmeta.core.types import Array, Episode, MetaGradient, PyTree
+from jmeta.core.types import Episode, MetaGradient, PyTree
 from jmeta.data.loader import episode_loader
 from jmeta.data.sources import DataUnavailable
 from jmeta.methods.maml import learned_start
 from jmeta.runtime import config as configuration
 from jmeta.runtime.cache import use_compilation_cache
-from jmeta.runtime.evaluate import adaptation_values
 from jmeta.tasks.corpora import SPLITS, stdlib_passages
-from jmeta.tasks.episodes import FewShot, at_least, draws, episodes, split_classes
+from jmeta.tasks.episodes import FewShot, at_least, episodes, split_classes
 from jmeta.tasks.labelled_text import labelled_text
 
-RATES = (0.1, 0.3, 1.0, 3.0, 10.0)
 META = ("maml", "fomaml", "reptile", "anil")
-# Seeds of the episodes; training takes the run's own, which are small.
-VALIDATION, TEST = 10**6, 10**6 + 1
-CHUNK = 20  # episodes per compiled evaluation: one program for every number of episodes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +74,7 @@ class Config(configuration.RunConfig):
     """Inner steps in meta-training; their number at test is chosen on validation classes."""
     outer_lr: float = 1e-3
     """Adam's rate at the start of a cosine decay, of maml, fomaml and anil."""
-    reptile_lr: float = 0.3
+    reptile_lr: float = 0.1
     """Reptile's step towards the adapted weights, at the start of a cosine decay."""
     evaluations: int = 4
     """How often validation looks at a method while it trains; the best look is kept."""
@@ -132,19 +125,6 @@ PRESETS = {
 }  # fmt: skip
 
 
-class Data(NamedTuple):
-    """What a seed's methods share.
-
-    Attributes:
-        tokens: the sources by split, as tokens.
-        encoded: the sources that went through the frozen body: ``train`` (the classes that the
-            body has not seen), ``validation`` and ``test``.
-    """
-
-    tokens: dict[str, FewShot]
-    encoded: dict[str, FewShot]
-
-
 def load(config: Config) -> dict[str, FewShot]:
     """The sources by split, without classes that are too small for an episode."""
     least = config.shots + max(config.queries, config.test_queries)
@@ -175,36 +155,6 @@ def estimator(config: Config, method: str, rates: dict[str, float]) -> MetaGradi
     return jmeta.over_tasks(found[method](), microbatch=1)
 
 
-def make_curves() -> dict[str, Any]:
-    """``(meta, rate, episodes) -> accuracy [episodes, len(STEPS)]`` by which weights adapt."""
-
-    def make(problem: Any):
-        @jax.jit
-        def chunk(meta: PyTree, rate: Array, batch: Episode) -> Array:
-            def one(episode: Episode) -> Array:
-                return adaptation_values(problem(rate), meta, episode, STEPS)["accuracy"]
-
-            return jax.lax.map(one, batch)
-
-        def curve(meta: PyTree, rate: float, batch: Episode) -> np.ndarray:
-            count = len(batch.query["y"])
-            found = []
-            for low in range(0, count, CHUNK):
-                rows = np.arange(low, low + CHUNK) % count
-                part = jax.tree.map(lambda leaf, rows=rows: leaf[rows], batch)
-                found.append(np.asarray(chunk(meta, jnp.float32(rate), part)))
-            return np.concatenate(found)[:count]
-
-        return curve
-
-    return {"full": make(model.full_problem), "head": make(model.head_problem)}
-
-
-def search(curve: Any, meta: PyTree, batch: Episode) -> np.ndarray:
-    """Mean validation accuracy by rate and number of inner steps, ``[rates, steps]``."""
-    return np.stack([curve(meta, rate, batch).mean(0) for rate in RATES])
-
-
 def few_way(config: Config, params: PyTree) -> PyTree:
     """Adapter and a fresh head for an episode, from parameters with any head."""
     kernel = params["head"]["kernel"]
@@ -212,21 +162,6 @@ def few_way(config: Config, params: PyTree) -> PyTree:
         "adapter": params["adapter"],
         "head": model.zero_head(kernel.shape[0], config.ways),
     }
-
-
-class Clock:
-    """Wall and CPU seconds of each phase of a run."""
-
-    def __init__(self) -> None:
-        self.spent: dict[str, tuple[float, float]] = {}
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        wall, cpu = time.perf_counter(), time.process_time()
-        yield
-        before = self.spent.get(phase, (0.0, 0.0))
-        now = time.perf_counter() - wall, time.process_time() - cpu
-        self.spent[phase] = (before[0] + now[0], before[1] + now[1])
 
 
 def train(
@@ -248,25 +183,26 @@ def train(
 
 
 def joint_start(
-    config: Config, seed: int, tokens: dict[str, FewShot], clock: Clock
-) -> tuple[PyTree, PyTree, Data]:
-    """Parameters before and after joint training, and the data that went through the body."""
+    config: Config, seed: int, tokens: dict[str, FewShot], clock: scoring.Clock
+) -> tuple[PyTree, PyTree, scoring.Data]:
+    """Random parameters, those after joint training, and the data that went through the body."""
     seen, unseen = split_classes(tokens["train"], (0.5, 0.5), seed=seed)
     counts = seen._replace(x=model.bags(seen.x, config.vocab))
     fresh = model.init(jax.random.key(seed), config.vocab, config.width, len(seen.names))
-    fresh["body"]["gate"] = jnp.log(jnp.asarray(model.inverse_document_frequency(counts.x)))
+    weights = jnp.log(jnp.asarray(model.inverse_document_frequency(counts.x)))
+    begin = {**fresh, "body": {**fresh["body"], "gate": weights}}
     schedule = optax.cosine_decay_schedule(config.joint_lr, config.joint_steps)
     with clock("joint training"):
         trained = train(
             config, "joint", seed, joint(config.dropout, whole=True),
-            optax.adamw(schedule, weight_decay=1e-2), fresh,
+            optax.adamw(schedule, weight_decay=1e-2), begin,
             model.batches(counts, config.joint_batch), steps=config.joint_steps,
         )  # fmt: skip
     with clock("encoding all passages once"):
         body = trained.meta["body"]
         sources = {"train": unseen, "validation": tokens["validation"], "test": tokens["test"]}
         encoded = {k: model.encode_source(body, v, config.vocab) for k, v in sources.items()}
-    return fresh, trained.meta, Data(tokens, encoded)
+    return fresh, trained.meta, scoring.Data(tokens, encoded)
 
 
 def as_reptile(sample: Any) -> Any:
@@ -279,21 +215,23 @@ def as_reptile(sample: Any) -> Any:
     return joined
 
 
-def run_seed(config: Config, seed: int, tokens: dict[str, FewShot], clock: Clock) -> page.Seed:
+def run_seed(
+    config: Config, seed: int, tokens: dict[str, FewShot], clock: scoring.Clock
+) -> page.Seed:
     """Train and score every method of one seed."""
     fresh, start, data = joint_start(config, seed, tokens, clock)
     size = {"ways": config.ways, "shots": config.shots}
     tests = {**size, "queries": config.test_queries}
     held_out = episodes(data.encoded["validation"], tasks=config.validation_episodes, **tests)
-    held_out = held_out(VALIDATION, 0)
-    curves = make_curves()
+    held_out = held_out(scoring.VALIDATION, 0)
+    curves = scoring.make_curves()
     meta = few_way(config, start)
 
     with clock("search of the inner rate"):
-        grids = {kind: search(curves[kind], meta, held_out) for kind in curves}
+        grids = {kind: scoring.search(curves[kind], meta, held_out) for kind in curves}
         # In training, a rate is used for inner_steps; the nearest number on the grid stands for it.
-        at = int(np.argmin(np.abs(np.array(STEPS) - config.inner_steps)))
-        rates = {kind: RATES[int(grid[:, at].argmax())] for kind, grid in grids.items()}
+        at = int(np.argmin(np.abs(np.array(page.STEPS) - config.inner_steps)))
+        rates = {kind: scoring.RATES[int(grid[:, at].argmax())] for kind, grid in grids.items()}
 
     def validator(kind: str, prepare: Any = lambda params: params) -> Any:
         def look(params: PyTree) -> dict[str, float]:
@@ -328,20 +266,24 @@ def run_seed(config: Config, seed: int, tokens: dict[str, FewShot], clock: Clock
     plain = {
         split: model.encode_source(fresh["body"], tokens[split], config.vocab)
         for split in ("validation", "test")
-    }  # through the body as it was before any training
+    }  # through a random body
     with clock("scoring"):
         scored = {}
         for name, params in starts.items():
             sources = plain if name == "no meta-training" else data.encoded
             kind = "head" if name == "anil" else "full"
-            scored[name] = score(config, curves[kind], params, sources, tests)
+            # The meta-learned are used as they were trained: at their rate.
+            allowed = (rates[kind],) if name in META else scoring.RATES
+            scored[name] = scoring.score(config, curves[kind], params, sources, tests, allowed)
     with clock("baselines"):
         adapter = starts["transfer"]["adapter"]
-        scored |= score_baselines(config, adapter, data, tests)
+        scored |= scoring.score_baselines(config, adapter, data, tests)
     return page.Seed(seed, scored, runs, grids, rates, meta, sample(seed, 0))
 
 
-def transfer(config: Config, seed: int, start: PyTree, data: Data, validate: Any) -> Trained:
+def transfer(
+    config: Config, seed: int, start: PyTree, data: scoring.Data, validate: Any
+) -> Trained:
     """Go on with joint training on the classes that the meta-learners learn from."""
     source = data.encoded["train"]
     steps = gradient_evaluations(config, "transfer") // config.joint_batch
@@ -356,41 +298,6 @@ def transfer(config: Config, seed: int, start: PyTree, data: Data, validate: Any
         optax.adamw(schedule, weight_decay=1e-2), params,
         model.batches(source, config.joint_batch), steps=steps, validate=validate,
     )  # fmt: skip
-
-
-def score(
-    config: Config, curve: Any, meta: PyTree, sources: dict[str, FewShot], tests: dict[str, int]
-) -> Scored:
-    """Choose rate and steps on validation classes; accuracy on the test episodes at that rate."""
-    make = episodes(sources["validation"], tasks=config.validation_episodes, **tests)
-    grid = search(curve, meta, make(VALIDATION, 0))
-    best, at = np.unravel_index(int(grid.argmax()), grid.shape)
-    rate = RATES[int(best)]
-    test = episodes(sources["test"], tasks=config.test_episodes, **tests)(TEST, 0)
-    return Scored(curve(meta, rate, test), int(at), rate)
-
-
-def score_baselines(
-    config: Config, adapter: PyTree, data: Data, tests: dict[str, int]
-) -> dict[str, Scored]:
-    """What needs no gradient steps on the network, on the rows of the same episodes."""
-    make = jax.jit(model.features)
-    on = {k: np.asarray(make(adapter, data.encoded[k].x)) for k in ("validation", "test")}
-    held_out = draws(data.encoded["validation"], tasks=config.validation_episodes, **tests)
-    draw = draws(data.encoded["test"], tasks=config.test_episodes, **tests)(TEST, 0)
-    counts = model.bags(data.tokens["test"].x, config.vocab)
-    weights = model.inverse_document_frequency(
-        model.bags(data.tokens["train"].x, config.vocab)
-    )
-    ridge = baselines.choose_ridge(on["validation"], held_out(VALIDATION, 0))
-    found = {
-        "linear probe, joint features": baselines.linear_probe(on["test"], draw, ridge),
-        "prototypes, joint features": baselines.prototypes(on["test"], draw),
-        "prototypes, tf-idf": baselines.prototypes(counts * weights[None], draw),
-        "nearest neighbour, tokens": baselines.nearest_neighbour(counts, draw),
-        "majority": baselines.majority(draw),
-    }
-    return {name: Scored(values[:, None]) for name, values in found.items()}
 
 
 def costs(config: Config, seed: page.Seed) -> list[Any]:
@@ -412,7 +319,7 @@ def costs(config: Config, seed: page.Seed) -> list[Any]:
 def run(config: Config) -> None:
     """Train, score, and write the run directory."""
     configuration.dump(config, config.out)
-    clock, begun = Clock(), (time.perf_counter(), time.process_time())
+    clock, begun = scoring.Clock(), (time.perf_counter(), time.process_time())
     with clock("text and tokeniser"):
         try:
             tokens = load(config)
