@@ -1,0 +1,114 @@
+"""What several experiments share: training one method in a folder of its own, with its CPU time."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import optax
+
+from jmeta.core.types import MetaGradient, PyTree
+from jmeta.runtime import checkpoint, fit, train
+from jmeta.runtime.files import write_atomically
+
+_CPU = "cpu_seconds"
+
+
+class Trained(NamedTuple):
+    """What ``train_method`` returns.
+
+    Attributes:
+        meta: the meta-parameters: the best by ``best``, else the last.
+        step: the outer step they are from.
+        history: the rows of the method's metrics.jsonl.
+        cpu_seconds: user and system time of this process that training took, compilation,
+            validation, checkpoints and interrupted attempts included.
+    """
+
+    meta: PyTree
+    step: int
+    history: list[dict[str, Any]]
+    cpu_seconds: float
+
+
+def train_method(
+    name: str,
+    mg: MetaGradient,
+    outer: optax.GradientTransformation,
+    meta: PyTree,
+    batches: fit.Batches,
+    folder: Path,
+    *,
+    resume: bool,
+    best: str | None = None,
+    **options: Any,
+) -> Trained:
+    """Train one method with ``fit`` in ``folder``; an interruption ends the program.
+
+    Args:
+        name: the method, for messages.
+        mg: its meta-gradient.
+        outer: the outer optimizer.
+        meta: where it starts.
+        batches: endless episodes.
+        folder: for its metrics and checkpoints.
+        resume: go on with what is there; a method that is complete is only read.
+        best: ``"max:NAME"`` or ``"min:NAME"`` of evaluate's numbers.
+        **options: of ``fit``.
+
+    Returns:
+        A ``Trained``.
+    """
+    note = folder / _CPU
+    before = float(note.read_text()) if note.exists() else 0.0
+    begun = time.process_time()
+    print(f"{name}: {options['steps']} meta-steps", file=sys.stderr, flush=True)
+    try:
+        done = fit.fit(mg, outer, meta, batches, out=folder, resume=resume, best=best, **options)
+    except FileExistsError:
+        sys.exit(
+            f"{folder} holds a run already: add --resume to go on with it, or choose another --out"
+        )
+    finally:
+        spent = before + time.process_time() - begun
+        if folder.exists():
+            write_atomically(note, f"{spent}\n")
+    if done.interrupted:
+        sys.exit(f"stopped at meta-step {int(done.state.step)} of {name}: go on with --resume")
+    if best is None:
+        return Trained(done.meta, int(done.state.step), done.history, spent)
+    with checkpoint.open_checkpoints(folder / "checkpoints", keep=1, best=best) as manager:
+        found = checkpoint.restore(manager, done.state, step=manager.best_step())
+    state: train.TrainState = found.tree
+    return Trained(state.meta, found.step, done.history, spent)
+
+
+def write_metrics(out: Path, histories: Mapping[str, list[dict[str, Any]]]) -> None:
+    """The metrics.jsonl of a run of several methods: every row of each, with its method."""
+    lines = [
+        json.dumps({"method": method} | row) for method, rows in histories.items() for row in rows
+    ]
+    write_atomically(out / "metrics.jsonl", "\n".join(lines) + "\n")
+
+
+def learning_curve(
+    history: list[dict[str, Any]], names: list[str], interval: Callable[[Any], Any]
+) -> tuple[list[int], list[float], list[float] | None]:
+    """Evaluated steps, and the mean of some of evaluate's numbers with its interval.
+
+    Args:
+        history: rows of ``fit``.
+        names: of the numbers, one for each seed.
+        interval: ``jmeta.runtime.statistics.mean_ci``.
+
+    Returns:
+        (steps, means, half widths or None for one seed).
+    """
+    rows = [row for row in history if f"eval/{names[0]}" in row]
+    found = [interval([row[f"eval/{name}"] for name in names]) for row in rows]
+    half = None if len(names) == 1 else [each.half_width for each in found]
+    return [row["step"] for row in rows], [each.mean for each in found], half
