@@ -127,7 +127,8 @@ def _with_rule(loss: LossFn, rule: Callable[..., tuple[Any, Any]]) -> InnerGradF
             rule,
             fast_leaves,
             {p: inputs[p] for p in differentiable},
-            {p: inputs[p] for p in static},
+            # What the loss never reads needs no cotangent: not even zeros in a scan's carry.
+            {p: jax.lax.stop_gradient(inputs[p]) for p in static},
         )
         _, aux_shapes = cast(tuple[Any, Any], shapes)
         aux = jax.tree.unflatten(jax.tree.structure(aux_shapes), aux)
@@ -138,12 +139,18 @@ def _with_rule(loss: LossFn, rule: Callable[..., tuple[Any, Any]]) -> InnerGradF
 
 def _hessian_vector(value: Callable, weights: Any, perturbed: Any, value_bar: Any, grads_bar: Any):
     """Forward over reverse: one Jacobian-vector product of the gradient."""
-
-    def gradients(weights: Any):
-        return jax.grad(value, argnums=(0, 1))(weights, perturbed)
-
     direction = [_dense(bar) for bar in grads_bar]
-    first, second = jax.jvp(gradients, (weights,), (direction,))
+
+    def product(weights: Any, perturbed: Any, direction: Any):
+        gradients = lambda w: jax.grad(value, argnums=(0, 1))(w, perturbed)  # noqa: E731
+        return jax.jvp(gradients, (weights,), (direction,))
+
+    if _contains(jax.make_jaxpr(value)(weights, perturbed), "custom_vjp_call") and _contains(
+        jax.make_jaxpr(product)(weights, perturbed, direction), "custom_lin"
+    ):  # a custom_vjp whose forward rule calls the function itself has no jvp: reverse this step
+        both = lambda w, p: (value(w, p), jax.grad(value)(w, p))  # noqa: E731
+        return jax.vjp(both, weights, perturbed)[1]((_dense(value_bar), direction))
+    first, second = product(weights, perturbed, direction)
     if isinstance(value_bar, SymbolicZero):
         return second
     # The loss itself is scored: ``online``.
@@ -211,6 +218,19 @@ def _dense(cotangent: Any) -> Array:
         zero: Any = cotangent
         return jnp.zeros(zero.shape, zero.dtype)
     return cotangent
+
+
+def _contains(jaxpr: Any, name: str) -> bool:
+    """Whether a primitive occurs in a jaxpr, or in one that it calls."""
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        if eqn.primitive.name == name:
+            return True
+        for value in eqn.params.values():
+            for item in value if isinstance(value, tuple | list) else (value,):
+                body = getattr(item, "jaxpr", item)
+                if hasattr(body, "eqns") and _contains(body, name):
+                    return True
+    return False
 
 
 def variables_read(jaxpr: Any, outputs: Sequence[Any]) -> set[Any]:

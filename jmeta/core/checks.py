@@ -164,9 +164,9 @@ def _opaque(jaxpr: Any) -> Iterator[str]:
         name = eqn.primitive.name
         if any(word in name for word in _OPAQUE) and name not in _OURS:
             label = eqn.params.get("name") or eqn.params.get("target_name") or name
-            rule = eqn.params.get("fwd_jaxpr_thunk") or eqn.params.get("call_jaxpr")
-            function = getattr(getattr(rule, "jaxpr", None), "debug_info", None)
-            source = getattr(function, "func_name", None)
+            function = getattr(eqn.params.get("call_jaxpr"), "jaxpr", None)
+            source = getattr(getattr(function, "debug_info", None), "func_src_info", None)
+            source = source.split(" at ")[0] if source else None
             known = source or label
             if known not in _OURS:
                 yield name if known == name else f"{known} ({name})"

@@ -147,7 +147,9 @@ def test_a_leaf_without_a_gradient_is_named(leaf, dtype):
 
 
 def test_every_estimator_refuses_integer_meta_leaves_by_name():
-    loss = lambda fast, meta, batch, key: (jnp.sum(fast["w"] ** 2), {})
+    def loss(fast, meta, batch, key):
+        return jnp.sum(fast["w"] ** 2), {}
+
     problem = jmeta.Problem(loss, loss, lambda meta: optax.sgd(0.1))
     meta = {"w": jnp.ones(2), "counts": {"seen": jnp.zeros(2, jnp.int32)}}
     makers = (

@@ -196,7 +196,10 @@ def implicit(problem: Problem, steps: int, *, solver: Solver | None = None) -> M
             raise ValueError("implicit scores the query; this episode has none")
         init_key, run_key = keys(key, 2)
         encode_key, inner_key, outer_key = keys(run_key, 3)
-        _, (last, losses, _) = run(meta, start(problem, meta, init_key), episode, run_key)
+        plain = losses_at_start(problem, episode, key)
+        adapting = lambda m: run(m, start(problem, m, init_key), episode, run_key)  # noqa: E731
+        with differentiating(adapting, plain, None, meta):
+            _, (last, losses, _) = adapting(meta)
         fast = jax.lax.stop_gradient(last.fast)
 
         def inner_total(fast: PyTree, meta: PyTree) -> Array:
@@ -219,7 +222,7 @@ def implicit(problem: Problem, steps: int, *, solver: Solver | None = None) -> M
             "jmeta.proximal(problem, strength) for a learned initialisation, or use mixed_mode",
         )
         both = lambda m: (outer_total(fast, m)[0], jax.grad(inner_total)(fast, m))  # noqa: E731
-        with differentiating(both, losses_at_start(problem, episode, key), fast, meta):
+        with differentiating(both, plain, fast, meta):
             (loss, aux), (outer_fast, outer_meta) = jax.value_and_grad(
                 outer_total, argnums=(0, 1), has_aux=True
             )(fast, meta)

@@ -196,6 +196,8 @@ def truncated(
         raise ValueError(f"a window of {window} steps does not fit into {steps} inner steps")
     warm_up = inner_loop(problem, steps - window)
     tail = inner_loop(problem, window, remat=remat, grad=grad)
+    # One step shows what is read; in reverse mode a loop takes in nothing but what it reads.
+    shortest = inner_loop(problem, min(window, 1))
 
     def run(meta: PyTree, state: InnerState, episode: Episode, key: Key):
         early, late = _cut(episode, steps - window)
@@ -210,7 +212,7 @@ def truncated(
     def require_read(meta: PyTree, episode: Episode, key: Key) -> None:
         fixed = start(problem, meta, key)
         require_dependence(
-            lambda m: tail(m, fixed, _cut(episode, steps - window)[1], key)[0],
+            lambda m: shortest(m, fixed, _cut(episode, steps - window)[1], key)[0],
             meta,
             "truncated cuts the path to the initialisation, and nothing else in this problem reads "
             "meta: the gradient is exactly zero; use mixed_mode or first_order",
@@ -243,8 +245,6 @@ def _estimator(
     def estimate(meta: PyTree, state: PyTree, episode: Episode, key: Key):
         require_inexact(meta)
         init_key, run_key = keys(key, 2)
-        if before is not None:
-            before(meta, episode, key)
 
         def outer(meta: PyTree):
             first = state if persistent else start(problem, meta, init_key)
@@ -253,6 +253,8 @@ def _estimator(
         fast = state.fast if persistent else None
         with differentiating(outer, losses_at_start(problem, episode, key), fast, meta):
             (loss, (last, losses, aux)), grads = jax.value_and_grad(outer, has_aux=True)(meta)
+        if before is not None:
+            before(meta, episode, key)
         grads = jax.tree.map(lambda g, m: g.astype(jnp.result_type(m)), grads, meta)
         info = Info(loss, losses, aux, optax.tree.norm(grads))
         return grads, (last if persistent else ()), info
