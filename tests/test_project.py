@@ -79,7 +79,8 @@ def test_license_is_apache(setup_cfg):
 
 # Spelled so that this file does not hold what it forbids.
 FORBIDDEN = {
-    "an absolute path of a machine": r"(?<![\w.~/])/(home|root|work|Users|mnt|opt|tmp)/(?!someone|ada/)\w",
+    "an absolute path of a machine": r"(?<![\w.~/])/(home|root|work|Users|mnt|opt|tmp)/"
+    r"(?!someone|ada/)\w",
     "a package registry": r"(pypi|npm" + r"js)\.(org|com)|index[-]url",
     "a credential": r"(gh[ps]|hf|sk)_[A-Za-z0-9]{20,}|BEGIN [A-Z ]*PRIVATE KEY",
 }

@@ -71,7 +71,7 @@ def over_tasks(
             grads, state, info = jax.vmap(one)(indices, state, episodes)
             return jax.tree.map(lambda g: jnp.sum(g.astype(wide(g)), axis=0), grads), state, info
 
-        indices = jnp.arange(count)
+        indices = _like_tasks(jnp.arange(count), episodes)
         if together == count:
             total, state, info = several(indices, state, episodes)
         else:
@@ -109,6 +109,15 @@ def wide(leaf: Any) -> jnp.dtype:
     """
     dtype = jnp.result_type(leaf)
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype("float32")
+
+
+def _like_tasks(indices: jax.Array, episodes: Episode) -> jax.Array:
+    """The indices laid out as the tasks are, which a mesh of explicit axes asks of ``vmap``."""
+    sharding = jax.typeof(jax.tree.leaves(episodes)[0]).sharding
+    if not sharding.mesh.explicit_axes:
+        return indices
+    spec = jax.sharding.PartitionSpec(*sharding.spec[:1])
+    return jax.sharding.reshard(indices, jax.sharding.NamedSharding(sharding.mesh, spec))
 
 
 def _count(episodes: Episode) -> int:
