@@ -262,16 +262,8 @@ def table(
         if jax.tree.structure(fast) != jax.tree.structure(meta):  # Reptile would be undefined
             chosen.pop("reptile", None)
     programs = {name: compile_estimate(mg, meta, episode, key) for name, mg in chosen.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in chosen}
-    errors: dict[str, float | None] = dict.fromkeys(chosen)
-    for repeat in range(repeats + 1 if repeats else 0):
-        for name, program in programs.items():
-            begin = time.perf_counter()
-            grads = jax.block_until_ready(program.run(meta, episode))
-            if repeat:
-                seconds[name].append(time.perf_counter() - begin)
-            elif reference is not None:
-                errors[name] = gradient_error(grads, reference)
+    arguments = dict.fromkeys(chosen, (meta, episode))
+    seconds, errors = interleave(programs, arguments, repeats, reference)
     return [
         Cost(
             name,
@@ -284,6 +276,44 @@ def table(
         )
         for name, program in programs.items()
     ]
+
+
+def interleave(
+    programs: Mapping[str, Program],
+    arguments: Mapping[str, tuple[PyTree, Episode]],
+    repeats: int,
+    reference: PyTree | None = None,
+) -> tuple[dict[str, list[float]], dict[str, float | None]]:
+    """Run compiled programs in turns, so that a busy machine disturbs all alike.
+
+    Args:
+        programs: ``{name: Program}``.
+        arguments: ``{name: (meta, episode)}``.
+        repeats: timed runs of each, after one that warms up; 0 runs nothing.
+        reference: the exact gradient, or None.
+
+    Returns:
+        ``({name: seconds of each run}, {name: error or None})``.
+
+    Example:
+        >>> from jmeta.testing import quadratic
+        >>> q = quadratic()
+        >>> program = compile_estimate(first_order(q.problem, 3), q.meta, q.episode)
+        >>> seconds, _ = interleave({"a": program}, {"a": (q.meta, q.episode)}, repeats=2)
+        >>> len(seconds["a"])
+        2
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    errors: dict[str, float | None] = dict.fromkeys(programs)
+    for repeat in range(repeats + 1 if repeats else 0):
+        for name, program in programs.items():
+            begin = time.perf_counter()
+            grads = jax.block_until_ready(program.run(*arguments[name]))
+            if repeat:
+                seconds[name].append(time.perf_counter() - begin)
+            elif reference is not None:
+                errors[name] = gradient_error(grads, reference)
+    return seconds, errors
 
 
 def gradient_error(grads: PyTree, reference: PyTree) -> float:

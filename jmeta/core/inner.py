@@ -12,7 +12,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jmeta.core.autodiff import GradTransform, Remat, reverse_grad, scan_steps
+from jmeta.core.autodiff import (
+    GradTransform,
+    Remat,
+    mixed_mode_grad,
+    reverse_grad,
+    scan_steps,
+)
+from jmeta.core.scaling import common_factor, scaled
 from jmeta.core.types import Array, Episode, Key, LossFn, Problem, PyTree, Steps, no_encoding
 
 
@@ -307,6 +314,9 @@ def inner_loop(
     shared = problem.outer_loss is problem.inner_loss
     inner_grad = grad(checked(problem.inner_loss, "inner_loss"))
     outer_loss = checked(problem.outer_loss, "outer_loss")
+    # Only mixed mode gains from a scalar rate inside the loss, and ``online`` scores the loss.
+    movable = grad is mixed_mode_grad and objective.name != "online"
+    scaled_grad = grad(scaled(checked(problem.inner_loss, "inner_loss")))
 
     def run(meta: PyTree, state: InnerState, episode: Episode, key: Key):
         encode_key, inner_key, outer_key = keys(key, 3)
@@ -323,11 +333,17 @@ def inner_loop(
         def step(state: InnerState, batch: Steps | None):
             data = episode.support if batch is None else batch.batches
             loss_key = fold(inner_key, state.step)
-            loss, aux, grads = inner_grad(state.fast, meta, data, loss_key)
+            scaling = common_factor(optimizer, state.opt_state, state.fast) if movable else None
+            if scaling is None:
+                loss, aux, grads = inner_grad(state.fast, meta, data, loss_key)
+                updates, opt_state = optimizer.update(grads, state.opt_state, state.fast)
+            else:
+                factor, opt_state = scaling
+                _, loss, updates = scaled_grad(state.fast, (meta, factor), data, loss_key)
+                aux = None
             score = None
             if objective.name == "online":
                 score = (loss, aux) if shared else outer_loss(state.fast, meta, data, loss_key)
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.fast)
             fast = optax.apply_updates(state.fast, updates)
             state = InnerState(fast, opt_state, state.step + 1)
             if objective.name == "multi_step":

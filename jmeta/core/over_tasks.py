@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jmeta.core.inner import fold
+from jmeta.core.tree import global_norm
 from jmeta.core.types import Episode, Info, Key, MetaGradient, PyTree
 
 
@@ -34,6 +34,7 @@ def over_tasks(
             without ``tasks``.
 
     Example:
+        >>> import optax
         >>> from jmeta.core.estimators.unrolled import unrolled
         >>> from jmeta.core.types import Problem
         >>> loss = lambda fast, meta, batch, key: (0.5 * (fast - batch) ** 2, {})
@@ -89,7 +90,7 @@ def over_tasks(
             state, info = jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), (state, info))
         grads = jax.tree.map(lambda g, m: (g / count).astype(jnp.result_type(m)), total, meta)
         info = jax.tree.map(lambda x: jnp.mean(x, axis=0), info)
-        return grads, state, Info(*info)._replace(grad_norm=optax.tree.norm(grads))
+        return grads, state, Info(*info)._replace(grad_norm=global_norm(grads))
 
     return MetaGradient(init, estimate)
 

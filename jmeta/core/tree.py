@@ -184,3 +184,24 @@ def require_inexact(tree: PyTree, what: str = "meta") -> None:
                 f"keep it out of {what} (close over it in the loss, or split it off with "
                 "jmeta.partition), or make it a float"
             )
+
+
+def global_norm(tree: PyTree) -> jax.Array:
+    r"""The Euclidean norm of all leaves together, summed in at least float32.
+
+    .. math:: \sqrt{\sum_i \lVert x_i \rVert^2}
+
+    Args:
+        tree: a pytree of floating-point arrays, of one dtype or several.
+
+    Returns:
+        A scalar.
+
+    Example:
+        >>> float(global_norm({"a": jnp.asarray(3.0), "b": jnp.asarray([4.0], jnp.bfloat16)}))
+        5.0
+    """
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    dtype = functools.reduce(jnp.promote_types, (leaf.dtype for leaf in leaves), jnp.float32)
+    squares = [jnp.sum(jnp.square(jnp.abs(leaf.astype(dtype)))) for leaf in leaves]
+    return jnp.sqrt(sum(squares, jnp.zeros((), dtype)))

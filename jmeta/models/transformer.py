@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jmeta.core.types import Array, Key
 
@@ -22,7 +23,7 @@ MASKED = -1e30  # a score that softmax sends to exactly zero, finite so that no 
 
 _CHOICES = {
     "loop": (None, "scan", "unroll"),
-    "remat": ("none", "dots", "full"),
+    "remat": ("none", "dots", "hidden", "full"),
     "attention": ("xla", "fused"),
     "gelu": ("tanh", "exact"),
 }
@@ -42,8 +43,9 @@ class TransformerConfig(NamedTuple):
             position that the padding mask allows (an encoder).
         loop: ``"unroll"``: a Python loop over the layers, fastest at run time; ``"scan"``: one
             compiled block, whatever the depth; None: unroll below 8 layers, scan from there.
-        remat: what the backward pass recomputes in each block: ``"none"``: nothing; ``"dots"``:
-            all but the outputs of the weight matmuls; ``"full"``: the whole block.
+        remat: what the backward pass recomputes in each branch of a block: ``"none"``; all but
+            the ``"dots"`` (weight matmuls) or the MLP's ``"hidden"`` layer; or ``"full"``. On a
+            CPU XLA undoes it for unrolled layers, so use ``loop="scan"`` with it.
         attention: ``"xla"``: batched matmuls, differentiable to any order; ``"fused"``:
             ``jax.nn.dot_product_attention``, whose implementation jax chooses by platform. On
             CPU that is again plain XLA; on a GPU cuDNN's kernel has no second derivative, so keep
@@ -64,7 +66,7 @@ class TransformerConfig(NamedTuple):
     ff: int | None = None
     causal: bool = True
     loop: Literal["scan", "unroll"] | None = None
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "dots", "hidden", "full"] = "none"
     attention: Literal["xla", "fused"] = "xla"
     dropout: float = 0.0
     gelu: Literal["tanh", "exact"] = "tanh"
@@ -81,11 +83,10 @@ def init(config: TransformerConfig, key: Array) -> Params:
         key: a PRNG key.
 
     Returns:
-        ``{"embed": {"tokens" [vocab, width], "positions" [max_len, width]}, "blocks": {"ln1",
-        "attn": {"qkv" [layers, width, 3 width], "out" [layers, width, width]}, "ln2", "mlp":
-        {"up" [layers, width, ff], "down" [layers, ff, width]}}, "ln_f"}``, in the default float;
-        each ``ln`` is ``{"scale", "bias"}``. The columns of ``qkv`` are ordered query, key, value,
-        and heads within each.
+        ``{"embed": {"tokens", "positions"}, "blocks": {...}, "ln_f"}`` in the default float, with
+        blocks ``{"ln1", "attn": {"qkv", "out"}, "ln2", "mlp": {"up", "down"}}`` stacked on a
+        leading ``[layers]`` axis, kernels ``[in, out]``, and each ``ln`` ``{"scale", "bias"}``.
+        The columns of ``qkv`` are ordered query, key, value, and heads within each.
 
     Raises:
         ValueError: a field of the config has no meaning.
@@ -308,7 +309,7 @@ def _trunk(
         keys = jax.random.split(rest, config.layers)
         x = _dropout(x, config.dropout, first)
     allowed = _allowed(config, mask, time)
-    block = _rematerialised(functools.partial(_block, config, allowed), config)
+    block = functools.partial(_block, config, allowed)
     x = _over_layers(config, block, x, params["blocks"], keys)
     return _layer_norm(x, params["ln_f"]).reshape(*lead, time, width)
 
@@ -331,14 +332,15 @@ def _loop(config: TransformerConfig) -> str:
     return config.loop or ("unroll" if config.layers < SCAN_FROM else "scan")
 
 
-def _rematerialised(block: Callable, config: TransformerConfig) -> Callable:
+def _rematerialised(branch: Callable, config: TransformerConfig) -> Callable:
     if config.remat == "none":
-        return block
-    policy = None
-    if config.remat == "dots":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        return branch
+    policy = {
+        "hidden": jax.checkpoint_policies.save_only_these_names("hidden"),
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    }.get(config.remat)
     # Inside a scan nothing can be merged with the forward pass, so no barrier is needed.
-    return jax.checkpoint(block, policy=policy, prevent_cse=_loop(config) != "scan")
+    return jax.checkpoint(branch, policy=policy, prevent_cse=_loop(config) != "scan")
 
 
 def _block(
@@ -346,15 +348,23 @@ def _block(
 ) -> Array:
     """One pre-norm block: ``x + attention(ln1(x))``, then ``x + mlp(ln2(x))``."""
     keys = (None, None) if key is None else jax.random.split(key)
-    branch = _attention(config, layer["attn"], _layer_norm(x, layer["ln1"]), allowed)
-    x = x + _dropout(branch, config.dropout, keys[0])
-    branch = _mlp(config, layer["mlp"], _layer_norm(x, layer["ln2"]))
-    return x + _dropout(branch, config.dropout, keys[1])
+
+    def attention(x: Array, layer: Params, key: Key) -> Array:
+        branch = _attention(config, layer["attn"], _layer_norm(x, layer["ln1"]), allowed)
+        return x + _dropout(branch, config.dropout, key)
+
+    def mlp(x: Array, layer: Params, key: Key) -> Array:
+        branch = _mlp(config, layer["mlp"], _layer_norm(x, layer["ln2"]))
+        return x + _dropout(branch, config.dropout, key)
+
+    # Each branch by itself: the temporaries of one are gone before the other's are recomputed.
+    x = _rematerialised(attention, config)(x, layer, keys[0])
+    return _rematerialised(mlp, config)(x, layer, keys[1])
 
 
 def _mlp(config: TransformerConfig, weights: Params, x: Array) -> Array:
-    inner = _linear(x, weights["up"])
-    return _linear(_gelu(inner, config.gelu), weights["down"])
+    hidden = checkpoint_name(_linear(x, weights["up"]), "hidden")
+    return _linear(_gelu(hidden, config.gelu), weights["down"])
 
 
 def _attention(
@@ -369,8 +379,9 @@ def _attention(
     else:
         q, k, v = jnp.transpose(qkv, (2, 0, 3, 1, 4))
         exact = _accumulate(x.dtype)
+        q = q * per_head**-0.5
         scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=exact)
-        probabilities = _softmax(scores * per_head**-0.5, allowed).astype(x.dtype)
+        probabilities = _softmax(scores, allowed).astype(x.dtype)
         mixed = jnp.einsum("bhqk,bhkd->bhqd", probabilities, v)
         mixed = jnp.transpose(mixed, (0, 2, 1, 3))
     return _linear(mixed.reshape(batch, time, width), weights["out"])
@@ -388,11 +399,11 @@ def _allowed(config: TransformerConfig, mask: Array | None, time: int) -> Array 
 
 
 def _softmax(scores: Array, allowed: Array | None) -> Array:
+    # The mask is added, not selected, and jax's softmax has a derivative in terms of its output:
+    # of the [time, time] arrays only the probabilities are kept for a backward pass.
     if allowed is not None:
-        scores = jnp.where(allowed, scores, MASKED)
-    shift = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
-    exponentials = jnp.exp(scores - shift)
-    return exponentials / exponentials.sum(-1, keepdims=True)
+        scores = scores + jnp.where(allowed, 0.0, MASKED).astype(scores.dtype)
+    return jax.nn.softmax(scores, axis=-1)
 
 
 def _logsumexp(scores: Array) -> Array:

@@ -23,8 +23,9 @@ def use_compilation_cache() -> pathlib.Path:
     """
     home = os.environ.get("JMETA_CACHE")
     base = pathlib.Path(home) if home else pathlib.Path.home() / ".cache" / "jmeta"
+    folder = base.expanduser() / "jax"
     wanted = {
-        "jax_compilation_cache_dir": str(base.expanduser() / "jax"),
+        "jax_compilation_cache_dir": str(folder),
         "jax_persistent_cache_min_compile_time_secs": 0.2,
         # XLA's own caches of kernels tie an entry to the folder it was made in.
         "jax_persistent_cache_enable_xla_caches": "none",
@@ -32,4 +33,4 @@ def use_compilation_cache() -> pathlib.Path:
     for name, value in wanted.items():
         if not os.environ.get(name.upper()):
             jax.config.update(name, value)
-    return pathlib.Path(jax.config.jax_compilation_cache_dir or wanted["jax_compilation_cache_dir"])
+    return pathlib.Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(folder))

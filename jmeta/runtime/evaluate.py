@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 from jmeta.core.autodiff import stopped_grad
 from jmeta.core.inner import checked, encode_episode, fold, inner_loop, keys, start, unscored
 from jmeta.core.types import Array, Episode, Key, Problem, PyTree, Steps, no_encoding
+from jmeta.runtime.statistics import mean_ci
 
 
 class Curve(NamedTuple):
@@ -150,43 +152,36 @@ def evaluate(
     if count == 0:
         raise ValueError("there are no episodes to evaluate on")
 
-    @jax.jit
-    def several(meta: PyTree, episodes: Episode, indices: Array) -> dict[str, Array]:
-        def one(episode: Episode, index: Array) -> dict[str, Array]:
-            return adaptation_values(problem, meta, episode, steps, fold(key, index))
-
-        return jax.vmap(one)(episodes, indices)
-
+    several = _several(problem, tuple(steps))
     size = min(batch, count)
     parts = []
     for low in range(0, count, size):
         # The last part is filled up with earlier episodes, so that one program serves all parts.
         rows = np.arange(low, low + size) % count
-        values = several(meta, jax.tree.map(lambda x, r=rows: x[r], episodes), jnp.asarray(rows))
+        part = jax.tree.map(lambda x, r=rows: x[r], episodes)
+        values = several(meta, part, jnp.asarray(rows), key)
         kept = min(size, count - low)
         parts.append({name: np.asarray(v, np.float64)[:kept] for name, v in values.items()})
     values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     mean = {name: v.mean(axis=0) for name, v in values.items()}
-    return Curve(tuple(steps), mean, {k: half_width(v) for k, v in values.items()}, values)
+    return Curve(tuple(steps), mean, {k: _half_widths(v) for k, v in values.items()}, values)
 
 
-def half_width(values: np.ndarray) -> np.ndarray:
-    """Half the width of the 95 % t-interval of the mean over the first axis.
+@functools.lru_cache(maxsize=16)
+def _several(problem: Problem, steps: tuple[int, ...]) -> Callable[..., dict[str, Array]]:
+    """Many episodes at once; kept, so that evaluating again while training compiles nothing."""
 
-    Args:
-        values: ``[n, ...]``.
+    @jax.jit
+    def several(meta: PyTree, episodes: Episode, indices: Array, key: Key) -> dict[str, Array]:
+        def one(episode: Episode, index: Array) -> dict[str, Array]:
+            return adaptation_values(problem, meta, episode, steps, fold(key, index))
 
-    Returns:
-        ``[...]``; NaN for a single value, which has no interval.
+        return jax.vmap(one)(episodes, indices)
 
-    Example:
-        >>> half_width(np.array([0.0, 1.0, 2.0])).round(3)
-        np.float64(2.484)
-    """
-    from scipy import stats
+    return several
 
-    n = values.shape[0]
-    if n < 2:
-        return np.full(values.shape[1:], np.nan)
-    spread = values.std(axis=0, ddof=1) / np.sqrt(n)
-    return spread * stats.t.ppf(0.975, n - 1)
+
+def _half_widths(values: np.ndarray) -> np.ndarray:
+    """Half the width of each point's 95 % interval over episodes; NaN for a single episode."""
+    widths = [mean_ci(column).half_width for column in values.T]
+    return np.asarray([np.nan if width is None else width for width in widths])

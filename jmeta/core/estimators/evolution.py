@@ -9,11 +9,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jmeta.core.autodiff import stopped_grad
 from jmeta.core.inner import InnerState, Objective, final, inner_loop, start
-from jmeta.core.tree import require_inexact
+from jmeta.core.tree import global_norm, require_inexact
 from jmeta.core.types import Array, Episode, Info, Key, MetaGradient, Problem, PyTree
 
 
@@ -66,6 +65,7 @@ def evolution(
         ValueError: no random key.
 
     Example:
+        >>> import optax
         >>> loss = lambda fast, meta, batch, key: (0.5 * (fast - batch) ** 2, {})
         >>> mg = evolution(Problem(loss, loss, lambda m: optax.sgd(0.5)), steps=2, pairs=4096)
         >>> grads, _, _ = mg.estimate(4.0, (), Episode(0.0, 0.0), jax.random.key(0))
@@ -118,7 +118,7 @@ def evolution(
             jnp.mean(loss),
             jnp.mean(losses, axis=(0, 1)),
             jax.tree.map(lambda a: jnp.mean(a, axis=(0, 1)), aux),
-            optax.tree.norm(grads),
+            global_norm(grads),
             {"spread": jnp.std(difference)},
         )
         return grads, (Particles(last, drift) if persistent else ()), info

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.flatten_util import ravel_pytree
 
 from jmeta.core.inner import Objective, final, inner_loop, keys, start
-from jmeta.core.tree import require_inexact
+from jmeta.core.tree import global_norm, require_inexact
 from jmeta.core.types import Episode, Info, Key, MetaGradient, Problem, PyTree
 
 MOST_SCALARS = 10_000
@@ -46,6 +45,7 @@ def forward(
         ValueError: more than 10,000 meta-parameters.
 
     Example:
+        >>> import optax
         >>> loss = lambda fast, meta, batch, key: (0.5 * (fast - batch) ** 2, {})
         >>> mg = forward(Problem(loss, loss, lambda meta: optax.sgd(0.5)), steps=2)
         >>> float(mg.estimate(4.0, (), Episode(0.0, 0.0), None)[0])
@@ -93,7 +93,7 @@ def forward(
                 batch_size=chunk,
             )
         grads = unravel(slopes.astype(flat.dtype))
-        info = Info(loss, losses, aux, optax.tree.norm(grads))
+        info = Info(loss, losses, aux, global_norm(grads))
         return grads, (last if persistent else ()), info
 
     return MetaGradient(init, estimate)

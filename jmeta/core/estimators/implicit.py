@@ -10,7 +10,6 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jmeta.core.autodiff import stopped_grad
 from jmeta.core.checks import differentiating, losses_at_start, require_dependence
@@ -25,7 +24,7 @@ from jmeta.core.inner import (
     unscored,
 )
 from jmeta.core.inner import final as final_objective
-from jmeta.core.tree import require_inexact
+from jmeta.core.tree import global_norm, require_inexact
 from jmeta.core.types import Array, Episode, Info, Key, MetaGradient, Problem, PyTree
 
 MatVec: TypeAlias = Callable[[PyTree], PyTree]
@@ -127,6 +126,7 @@ def proximal(problem: Problem, strength: float) -> Problem:
         The problem with the proximal term in its inner loss.
 
     Example:
+        >>> import optax
         >>> loss = lambda fast, meta, batch, key: (jnp.zeros(()), {})
         >>> tied = proximal(Problem(loss, loss, lambda meta: optax.sgd(0.1)), 2.0)
         >>> float(tied.inner_loss(3.0, 1.0, None, None)[0])
@@ -170,6 +170,7 @@ def implicit(problem: Problem, steps: int, *, solver: Solver | None = None) -> M
         ValueError: the inner loss never reads meta, so the gradient through it would be zero.
 
     Example:
+        >>> import optax
         >>> inner = lambda fast, meta, batch, key: (0.5 * (fast - meta) ** 2, {})
         >>> outer = lambda fast, meta, batch, key: (0.5 * (fast - batch) ** 2, {})
         >>> problem = Problem(inner, outer, lambda m: optax.sgd(0.5), init=lambda m, key: 0.0)
@@ -241,9 +242,9 @@ def implicit(problem: Problem, steps: int, *, solver: Solver | None = None) -> M
         )
         tiny = float(jnp.finfo(loss.dtype).tiny)
         diagnostics = {
-            "residual": optax.tree.norm(residual) / (optax.tree.norm(outer_fast) + tiny),
-            "stationarity": optax.tree.norm(slope),
+            "residual": global_norm(residual) / (global_norm(outer_fast) + tiny),
+            "stationarity": global_norm(slope),
         }
-        return grads, state, Info(loss, losses, aux, optax.tree.norm(grads), diagnostics)
+        return grads, state, Info(loss, losses, aux, global_norm(grads), diagnostics)
 
     return MetaGradient(init, estimate)

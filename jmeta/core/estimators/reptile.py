@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jmeta.core.autodiff import stopped_grad
 from jmeta.core.inner import checked, encode_batch, inner_loop, keys, start, unscored
-from jmeta.core.tree import path_name, require_inexact
+from jmeta.core.tree import global_norm, path_name, require_inexact
 from jmeta.core.types import Episode, Info, Key, MetaGradient, Problem, PyTree
 
 
@@ -31,6 +30,7 @@ def reptile(problem: Problem, steps: int) -> MetaGradient:
         ValueError: fast weights and meta differ in structure or shape; the message names the leaf.
 
     Example:
+        >>> import optax
         >>> loss = lambda fast, meta, batch, key: (0.5 * (fast - batch) ** 2, {})
         >>> mg = reptile(Problem(loss, loss, lambda meta: optax.sgd(0.5)), steps=2)
         >>> float(mg.estimate(4.0, (), Episode(0.0), None)[0])  # 4 - 1
@@ -59,7 +59,7 @@ def reptile(problem: Problem, steps: int) -> MetaGradient:
         if episode.query is not None:
             query = encode_batch(problem, meta, episode.query, query_key)
             loss, aux = outer_loss(last.fast, meta, query, loss_key)
-        return grads, state, Info(loss, losses, aux, optax.tree.norm(grads))
+        return grads, state, Info(loss, losses, aux, global_norm(grads))
 
     return MetaGradient(init, estimate)
 

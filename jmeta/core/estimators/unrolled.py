@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jmeta.core.autodiff import (
     GradTransform,
@@ -20,7 +19,7 @@ from jmeta.core.autodiff import (
 )
 from jmeta.core.checks import differentiating, losses_at_start, require_dependence
 from jmeta.core.inner import InnerLoop, InnerState, Objective, final, inner_loop, keys, start
-from jmeta.core.tree import require_inexact
+from jmeta.core.tree import global_norm, require_inexact
 from jmeta.core.types import Episode, Info, Key, MetaGradient, Problem, PyTree, Steps
 
 
@@ -53,6 +52,7 @@ def unrolled(
         ValueError, TypeError: when built or first traced, see ``inner_loop`` and ``jmeta.check``.
 
     Example:
+        >>> import optax
         >>> loss = lambda fast, meta, batch, key: (0.5 * (fast - batch) ** 2, {})
         >>> problem = Problem(loss, loss, lambda meta: optax.sgd(0.5))
         >>> mg = unrolled(problem, steps=2)
@@ -93,6 +93,7 @@ def first_order(
         A ``MetaGradient``.
 
     Example:
+        >>> import optax
         >>> loss = lambda fast, meta, batch, key: (0.5 * (fast - batch) ** 2, {})
         >>> mg = first_order(Problem(loss, loss, lambda meta: optax.sgd(0.5)), steps=2)
         >>> float(mg.estimate(4.0, (), Episode(0.0, 0.0), None)[0])  # the gradient at theta_2
@@ -136,6 +137,7 @@ def mixed_mode(
         A ``MetaGradient`` equal to ``unrolled``.
 
     Example:
+        >>> import optax
         >>> loss = lambda fast, meta, batch, key: (0.5 * (fast - batch) ** 2, {})
         >>> mg = mixed_mode(Problem(loss, loss, lambda meta: optax.sgd(0.5)), steps=2)
         >>> float(mg.estimate(4.0, (), Episode(0.0, 0.0), None)[0])
@@ -183,6 +185,7 @@ def truncated(
             truncated gradient is exactly zero.
 
     Example:
+        >>> import optax
         >>> inner = lambda fast, meta, batch, key: (0.5 * (fast - meta) ** 2, {})
         >>> outer = lambda fast, meta, batch, key: (0.5 * (fast - batch) ** 2, {})
         >>> problem = Problem(inner, outer, lambda m: optax.sgd(0.5), init=lambda m, key: 0.0)
@@ -256,7 +259,7 @@ def _estimator(
         if before is not None:
             before(meta, episode, key)
         grads = jax.tree.map(lambda g, m: g.astype(jnp.result_type(m)), grads, meta)
-        info = Info(loss, losses, aux, optax.tree.norm(grads))
+        info = Info(loss, losses, aux, global_norm(grads))
         return grads, (last if persistent else ()), info
 
     return MetaGradient(init, estimate)

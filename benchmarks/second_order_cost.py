@@ -1,0 +1,286 @@
+"""What second order costs: estimators x inner steps x model, interleaved in one process.
+
+Seconds (median), XLA's temporary memory, FLOPs, compile seconds, and the gradient's error against
+float64. Ratios are to first order, its cheapest variant by each measure in the same run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import jmeta
+from jmeta import cost
+from jmeta.core.types import Episode, MetaGradient, Problem, PyTree, Steps
+from jmeta.methods.maml import learned_start
+from jmeta.models import conv, losses, mlp, transformer
+from jmeta.runtime import config as configuration
+from jmeta.runtime import figures, report, statistics
+
+Model = Literal["mlp", "conv", "lm"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(configuration.RunConfig):
+    """What second order costs against first order."""
+
+    model: Model = "lm"
+    """mlp (sinusoid network), conv (few-shot images), lm (a 3.4M-parameter decoder)."""
+    steps: tuple[int, ...] = (8,)
+    """Numbers of inner steps that are timed."""
+    repeats: int = 5
+    """Timed runs of each cell, interleaved."""
+    growth: bool = True
+    """Also compile mixed mode at 16 and 64 inner steps and report how its memory grows."""
+    small: bool = False
+    """Shrink the models, to see that everything runs."""
+
+
+PRESETS = {
+    "lm": Config(),
+    "mlp": Config(model="mlp", steps=(1, 5, 10), repeats=15, growth=False),
+    "conv": Config(model="conv", steps=(1, 5), repeats=5, growth=False),
+    "smoke": Config(steps=(2,), repeats=1, growth=False, small=True),
+}
+
+
+class Setting(NamedTuple):
+    """One model variant: the same mathematics, computed in another way."""
+
+    name: str
+    problem: Problem
+    meta: PyTree
+    episode: Episode
+
+
+class Cell(NamedTuple):
+    """One estimator on one variant."""
+
+    name: str
+    mg: MetaGradient
+    setting: Setting
+
+
+def decoder(steps: int, variant: str, *, small: bool = False) -> Setting:
+    """The lm preset: 4 layers, width 256, 4 heads, vocabulary 1024, batch 4 x 128 tokens."""
+    loop, remat = variant.split("/")
+    config = transformer.TransformerConfig(
+        vocab=64 if small else 1024,
+        width=16 if small else 256,
+        layers=2 if small else 4,
+        heads=4,
+        max_len=128,
+        loop=loop,  # pyright: ignore[reportArgumentType]
+        remat=remat,  # pyright: ignore[reportArgumentType]
+    )
+    batch = (4, 16) if small else (4, 128)
+    keys = jax.random.split(jax.random.key(0), 3)
+
+    def loss(params: PyTree, tokens: jax.Array, key: Any):
+        return transformer.next_token_loss(config, params, tokens, key=key)
+
+    episode = Episode(
+        Steps(jax.random.randint(keys[1], (steps, *batch), 0, config.vocab)),
+        jax.random.randint(keys[2], batch, 0, config.vocab),
+    )
+    problem = learned_start(loss, optax.sgd(0.1))
+    return Setting(variant, problem, transformer.init(config, keys[0]), episode)
+
+
+def regressor(*, small: bool = False) -> Setting:
+    """The sinusoid network of the MAML paper, 1-40-40-1, ten points."""
+    del small
+    keys = jax.random.split(jax.random.key(0), 3)
+
+    def loss(params: PyTree, batch: dict[str, jax.Array], key: Any):
+        return losses.squared_error(mlp.apply(params, batch["x"]), batch["y"]), {}
+
+    def batch(key: jax.Array) -> dict[str, jax.Array]:
+        x = jax.random.uniform(key, (10, 1), minval=-5.0, maxval=5.0)
+        return {"x": x, "y": jnp.sin(x)}
+
+    episode = Episode(batch(keys[1]), batch(keys[2]))
+    problem = learned_start(loss, optax.sgd(0.01))
+    return Setting("mlp", problem, mlp.init(keys[0], (1, 40, 40, 1)), episode)
+
+
+def classifier(*, small: bool = False) -> Setting:
+    """The 4-block few-shot network with 32 filters, 5-way 1-shot, 5 queries of each class."""
+    keys = jax.random.split(jax.random.key(0), 3)
+
+    def loss(params: PyTree, batch: dict[str, jax.Array], key: Any):
+        return losses.cross_entropy(conv.apply(params, batch["x"]), batch["y"]), {}
+
+    def batch(key: jax.Array, each: int) -> dict[str, jax.Array]:
+        return {
+            "x": jax.random.uniform(key, (5 * each, 28, 28, 1)),
+            "y": jnp.tile(jnp.arange(5), each),
+        }
+
+    episode = Episode(batch(keys[1], 1), batch(keys[2], 5))
+    problem = learned_start(loss, optax.sgd(0.4))
+    params = conv.init(keys[0], 5, filters=8 if small else 32)
+    return Setting("conv", problem, params, episode)
+
+
+def cells(config: Config, steps: int) -> list[Cell]:
+    """The cells of one table."""
+    if config.model != "lm":
+        build = {"mlp": regressor, "conv": classifier}[config.model]
+        setting = build(small=config.small)
+        made = cost.estimators(setting.problem, steps)
+        return [Cell(name, mg, setting) for name, mg in made.items()]
+
+    def lm(variant: str) -> Setting:
+        return decoder(steps, variant, small=config.small)
+
+    looped, scanned = lm("unroll/none"), lm("scan/none")
+    hidden, full = lm("scan/hidden"), lm("scan/full")
+    return [
+        Cell("first_order", jmeta.first_order(looped.problem, steps), looped),
+        Cell("first_order, block remat", jmeta.first_order(full.problem, steps), full),
+        Cell("mixed_mode", jmeta.mixed_mode(looped.problem, steps), looped),
+        Cell("mixed_mode, block remat", jmeta.mixed_mode(full.problem, steps), full),
+        Cell("mixed_mode, hidden saved", jmeta.mixed_mode(hidden.problem, steps), hidden),
+        Cell("unrolled", jmeta.unrolled(scanned.problem, steps), scanned),
+        Cell("unrolled, layers looped", jmeta.unrolled(looped.problem, steps), looped),
+        Cell("unrolled, step remat", jmeta.unrolled(full.problem, steps, remat="step"), full),
+        Cell("reptile", jmeta.reptile(looped.problem, steps), looped),
+    ]
+
+
+def measure(config: Config, steps: int) -> list[dict[str, Any]]:
+    """Compile every cell, then run them in turns."""
+    every = cells(config, steps)
+    programs = {
+        c.name: cost.compile_estimate(c.mg, c.setting.meta, c.setting.episode) for c in every
+    }
+    first = every[0].setting
+    reference = cost.exact_reference(first.problem, steps, first.meta, first.episode)
+    arguments = {c.name: (c.setting.meta, c.setting.episode) for c in every}
+    seconds, errors = cost.interleave(programs, arguments, config.repeats, reference)
+    base = [c.name for c in every if c.name.startswith("first_order")]
+    cheapest = {
+        "seconds": min(cost.median(seconds[name]) for name in base),
+        "temp_bytes": min(programs[name].temp_bytes for name in base),
+        "compile_seconds": min(programs[name].compile_seconds for name in base),
+        "flops": min(programs[name].flops for name in base),
+    }
+    rows = []
+    for name, program in programs.items():
+        values = {
+            "seconds": cost.median(seconds[name]),
+            "temp_bytes": program.temp_bytes,
+            "compile_seconds": program.compile_seconds,
+            "flops": program.flops,
+        }
+        ratios = {f"{metric} x": values[metric] / max(cheapest[metric], 1) for metric in values}
+        ratios["seconds x"] = values["seconds"] / cheapest["seconds"]
+        ratios["compile_seconds x"] = values["compile_seconds"] / cheapest["compile_seconds"]
+        found = values | ratios | {"error": errors[name]}
+        for metric, value in found.items():
+            row = {"method": name, "seed": 0, "metric": metric, "model": config.model}
+            row["steps"] = steps
+            if metric == "seconds":
+                rows.append(row | {"values": list(seconds[name])})
+                metric = "median seconds"
+            if name != "reptile" or metric != "error":  # Reptile estimates something else
+                rows.append(row | {"metric": metric, "value": value})
+    return rows
+
+
+def growth(config: Config) -> list[dict[str, Any]]:
+    """How the memory of mixed mode grows from 16 to 64 inner steps, compiled only."""
+    temp = {}
+    for steps, remat in ((16, "none"), (64, "none"), (64, "nested")):
+        setting = decoder(steps, "scan/full", small=config.small)
+        mg = jmeta.mixed_mode(setting.problem, steps, remat=remat)
+        temp[steps, remat] = cost.compile_estimate(mg, setting.meta, setting.episode).temp_bytes
+    fast = cost.fast_bytes(setting.problem, setting.meta)
+    slope = (temp[64, "none"] - temp[16, "none"]) / 48 / fast
+    nested = temp[64, "nested"] / temp[64, "none"]
+    row = {"seed": 0, "model": config.model}
+    return [
+        row | {"method": "mixed_mode, block remat", "metric": "memory per step / fast weights",
+               "value": slope, "steps": "16-64"},
+        row | {"method": "mixed_mode, nested", "metric": "memory / un-nested",
+               "value": nested, "steps": 64},
+    ]  # fmt: skip
+
+
+def bars(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The bounds that the lm preset is held to, one sentence each."""
+    value = {(row["method"], row["metric"]): row["value"] for row in rows if "value" in row}
+    chosen, full = "mixed_mode, block remat", "unrolled"
+
+    def over(metric: str) -> float:
+        return value[chosen, metric] / value[full, metric]
+
+    lines = [
+        ("memory / unrolled without remat", over("temp_bytes"), 0.09),
+        ("memory / first order", value[chosen, "temp_bytes x"], 3.7),
+        ("time / unrolled without remat", over("median seconds"), 0.6),
+        ("time / first order", value[chosen, "seconds x"], 3.3),
+        ("compile time / first order", value[chosen, "compile_seconds x"], 3.0),
+    ]
+    if (key := (chosen, "memory per step / fast weights")) in value:
+        lines.append(("memory per added step / fast weights", value[key], 1.1))
+        nested = value["mixed_mode, nested", "memory / un-nested"]
+        lines.append(("nested memory / un-nested, 64 steps", nested, 0.4))
+    return [
+        f"{chosen}: {what} {got:.3f} (bar {bar}: {'holds' if got <= bar else 'MISSED'})"
+        for what, got, bar in lines
+    ]
+
+
+def write(config: Config, rows: list[dict[str, Any]]) -> None:
+    """Results, figures and the report."""
+    out = Path(config.out)
+    steps = max(config.steps) if config.model != "lm" else config.steps[0]
+    summary = statistics.summarise(rows, baseline="first_order")
+    report.write_results(out, rows, summary)
+    shown = [row for row in rows if row["steps"] == steps and row["metric"] in
+             ("median seconds", "temp_bytes")]  # fmt: skip
+    picture = figures.cost_figure(
+        out / "cost",
+        shown,
+        metrics={"median seconds": "time", "temp_bytes": "temporary memory"},
+        title=f"{config.model}, {steps} inner steps",
+    )
+    notes = bars(rows) if config.model == "lm" and not config.small else []
+    for note in notes:
+        print(note)
+    report.write_report(
+        out,
+        "What second order costs",
+        "Every estimator on the same arrays, compiled once and run in turns.",
+        config,
+        summary,
+        {"Time and memory against first order": picture},
+        notes,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the benchmark."""
+    # A compile time that a cache has answered is not one.
+    jax.config.update("jax_enable_compilation_cache", False)
+    config = configuration.parse(PRESETS, argv, description=__doc__)
+    configuration.dump(config, Path(config.out))
+    rows: list[dict[str, Any]] = []
+    for steps in config.steps:
+        rows += measure(config, steps)
+    if config.growth and config.model == "lm":
+        rows += growth(config)
+    write(config, rows)
+    report.print_table([row for row in statistics.summarise(rows, baseline="first_order")])
+
+
+if __name__ == "__main__":
+    main()
