@@ -304,5 +304,7 @@ def _notes(config: Any, seeds: Sequence[Seed]) -> list[str]:
         f"the joint start; here {grid}), the best of {config.evaluations} looks while a method "
         "trains, and each method's number of steps at test. The meta-learned keep their rate; "
         "transfer, joint start and no meta-training choose theirs from the same grid.",
+        "A share of the encoded features is dropped while any method trains the top, transfer "
+        "included: without that, meta-training fits the passages of its few classes.",
         "Seconds are those of this machine; CPU seconds count both cores.",
     ]

@@ -58,7 +58,7 @@ class Config(configuration.RunConfig):
     """Width of the token embedding and of the adapter."""
     dropout: float = 0.3
     """Share of the tokens dropped in joint training."""
-    top_dropout: float = 0.0
+    top_dropout: float = 0.5
     """Share of the encoded features dropped while a method trains the top."""
     joint_steps: int = 800
     """Steps of joint training that every method starts from."""
@@ -66,7 +66,7 @@ class Config(configuration.RunConfig):
     """Passages per step of joint training, and of transfer."""
     joint_lr: float = 1e-3
     """AdamW's rate at the start of a cosine decay, in joint training and transfer."""
-    meta_steps: int = 200
+    meta_steps: int = 300
     """Meta-steps of each method; transfer takes as many gradient evaluations as exact MAML."""
     meta_batch: int = 8
     """Episodes per meta-step."""
@@ -116,7 +116,7 @@ def gradient_evaluations(config: Config, method: str) -> int:
 
 PRESETS = {
     "demo": Config(),
-    "full": Config(seeds=5, meta_steps=1000, joint_steps=2000, test_episodes=1000),
+    "full": Config(seeds=5, meta_steps=2000, joint_steps=2000, test_episodes=1000),
     "smoke": Config(
         ways=3, shots=2, queries=3, test_queries=4, width=8, joint_steps=4, joint_batch=12,
         meta_steps=4, meta_batch=2, inner_steps=2, evaluations=2, validation_episodes=4,
