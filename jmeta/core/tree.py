@@ -202,6 +202,7 @@ def global_norm(tree: PyTree) -> jax.Array:
         5.0
     """
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
-    dtype = functools.reduce(jnp.promote_types, (leaf.dtype for leaf in leaves), jnp.float32)
+    dtypes = [jnp.dtype(jnp.float32), *(leaf.dtype for leaf in leaves)]
+    dtype = max(dtypes, key=lambda d: d.itemsize)
     squares = [jnp.sum(jnp.square(jnp.abs(leaf.astype(dtype)))) for leaf in leaves]
     return jnp.sqrt(sum(squares, jnp.zeros((), dtype)))

@@ -198,10 +198,10 @@ def network_problem(optimizer, soft=True):
         "b": {"w": jax.random.normal(keys[1], (4, 2))},
     }
     meta = {"net": net, "teacher": jax.random.normal(keys[2], (3, 2)), "rate": jnp.asarray(-1.0)}
-    batch = lambda k: {
-        "x": jax.random.normal(k, (6, 3)),
-        "y": jax.random.randint(k, (6,), 0, 2),
-    }
+
+    def batch(k):
+        return {"x": jax.random.normal(k, (6, 3)), "y": jax.random.randint(k, (6,), 0, 2)}
+
     episode = Episode(batch(keys[3]), batch(keys[4]))
     problem = Problem(
         inner,
@@ -251,18 +251,17 @@ def test_mixed_mode_equals_reverse_under_jit_vmap_and_steps(objective):
     problem, meta, _ = network_problem(optax.sgd)
     chosen = {
         "final": jmeta.final,
-        "multi": jmeta.multi_step([0.1, 0.2, 0.3, 0.4, 0.5]),
+        "multi": jmeta.multi_step([0.1, 0.2, 0.3, 0.4]),
         "online": jmeta.online,
     }[objective]
     keys = jax.random.split(jax.random.key(9), 3)
-    x = jax.random.normal(keys[0], (3, 5, 6, 3))
-    y = jax.random.randint(keys[1], (3, 5, 6), 0, 2)
+    x = jax.random.normal(keys[0], (2, 4, 6, 3))
+    y = jax.random.randint(keys[1], (2, 4, 6), 0, 2)
     episodes = Episode(Steps({"x": x, "y": y}), {"x": x[:, 0], "y": y[:, 0]})
     results = []
-    for make in (jmeta.unrolled, jmeta.mixed_mode):
-        for remat in ("none", "nested"):
-            mg = jmeta.over_tasks(make(problem, 5, objective=chosen, remat=remat))
-            results.append(jax.jit(mg.estimate)(meta, (), episodes, keys[2])[0])
+    for make, remat in ((jmeta.unrolled, "none"), (jmeta.mixed_mode, "nested")):
+        mg = jmeta.over_tasks(make(problem, 4, objective=chosen, remat=remat))
+        results.append(jax.jit(mg.estimate)(meta, (), episodes, keys[2])[0])
     for other in results[1:]:
         assert relative_error(other, results[0]) < 1e-10
 
