@@ -62,7 +62,8 @@ def forward(
 
     def estimate(meta: PyTree, state: PyTree, episode: Episode, key: Key):
         require_inexact(meta)
-        flat, unravel = ravel_pytree(meta)
+        with jax.numpy_dtype_promotion("standard"):  # leaves of several dtypes make one vector
+            flat, unravel = ravel_pytree(meta)
         if flat.size > MOST_SCALARS:
             raise ValueError(
                 f"forward carries one tangent for each of the {flat.size} meta-parameters, and "
