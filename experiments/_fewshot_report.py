@@ -130,16 +130,18 @@ def adaptation(config: Any, seeds: Sequence[Seed]) -> Figure:
         half = np.array([point.half_width or 0.0 for point in points])
         steps = STEPS if found.rate is not None else (0,)
         if found.rate is not None or name.startswith(("prototypes", "nearest")):
-            drawn[name] = (steps, [point.mean for point in points], half)
+            # Before any step every head is zero and at chance; drawn, it would flatten the rest.
+            shown = slice(1, None) if len(steps) > 1 else slice(None)
+            drawn[name] = (steps[shown], [point.mean for point in points][shown], half[shown])
     return (
         "Query accuracy on test classes after inner steps on the support, each method at the inner "
         "rate chosen on validation classes; bands are 95 % intervals over "
-        f"{'seeds' if len(seeds) > 1 else 'episodes'}. What takes no steps is dotted.",
+        f"{'seeds' if len(seeds) > 1 else 'episodes'}. What takes no steps is dotted. With no step "
+        f"every adapted method is at chance, {1 / config.ways:.2f}.",
         figures.adaptation_curves(
             config.out / "adaptation",
             drawn,
             "query accuracy",
-            1 / config.ways,
             title=f"{config.source}, {config.ways}-way {config.shots}-shot, unseen classes",
         ),
     )
