@@ -4,14 +4,18 @@ Every number an experiment reports goes through here: rows, one per method, seed
 become summary rows with a mean, a 95 % interval and the paired difference to a baseline.
 """
 
+from __future__ import annotations
+
 import difflib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
 
 ROW_KEYS = ("method", "seed", "metric", "value", "values")
 SUMMARY_KEYS = (
