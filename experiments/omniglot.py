@@ -50,13 +50,13 @@ class Config(configuration.RunConfig):
     """Query drawings per character in training."""
     test_queries: int = 15
     """Query drawings per character in validation and test."""
-    network: str = "stride"
-    """How its four blocks halve the image: stride (the MAML paper's) or pool (of the maximum)."""
-    filters: int = 64
+    network: str = "pool"
+    """How its four blocks halve the image: pool (of the maximum) or stride (the MAML paper's)."""
+    filters: int = 32
     """Filters of each of the four blocks."""
     meta_batch: int = 4
     """Episodes per meta-step."""
-    meta_steps: int = 9000
+    meta_steps: int = 9500
     """Meta-steps of each method."""
     inner_steps: int = 2
     """Inner steps in training; the number at test is chosen on validation alphabets."""
@@ -89,7 +89,9 @@ class Config(configuration.RunConfig):
 
 PRESETS = {
     "5way": Config(),
-    "20way": Config(ways=20, queries=2, test_queries=5, meta_batch=4, meta_steps=5000),
+    "20way": Config(
+        ways=20, queries=2, test_queries=5, network="stride", filters=64, meta_steps=5000,
+    ),
     "smoke": Config(
         ways=3, queries=2, test_queries=3, filters=4, meta_batch=2, meta_steps=4, evaluate_every=2,
         validation_episodes=4, test_episodes=6,
