@@ -25,13 +25,13 @@ OMNIGLOT = ("omniglot-5way",)
 FIGURES = ("second_order_cost*.png", "fewshot_text-demo*.png")
 BAR_STEPS = 8  # inner steps of the cost table, where several were measured
 
-# Names of a metric -> heading, as a ratio to first order (True) or as it is.
-COST_COLUMNS: dict[tuple[str, ...], tuple[str, bool]] = {
-    ("seconds",): ("time", True),
-    ("temp_bytes", "temp_mib"): ("memory", True),
-    ("flops", "gflop"): ("FLOPs", True),
-    ("compile_seconds",): ("compilation", True),
-    ("error", "gradient_error"): ("error", False),
+# Metric of the benchmark -> heading; ratios are to the cheapest first order by that measure.
+COST_COLUMNS = {
+    "seconds x": "time",
+    "temp_bytes x": "memory",
+    "flops x": "FLOPs",
+    "compile_seconds x": "compilation",
+    "error": "error",
 }
 
 
@@ -70,30 +70,24 @@ def cost_table(result: dict[str, Any]) -> str:
                                            "inner_steps": BAR_STEPS})  # fmt: skip
     methods = list(dict.fromkeys(row["method"] for row in rows))
     value = {(row["method"], row["metric"]): row["mean"] for row in rows}
-    columns = [
-        (next(name for name in names if ("first_order", name) in value), *column)
-        for names, column in COST_COLUMNS.items()
-        if any(("first_order", name) in value for name in names)
-    ]
+    columns = [metric for metric in COST_COLUMNS if ("first_order", metric) in value]
     lines = [
-        "| estimator | " + " | ".join(heading for _, heading, _ in columns) + " |",
+        "| estimator | " + " | ".join(COST_COLUMNS[metric] for metric in columns) + " |",
         "| --- |" + " --: |" * len(columns),
     ]
     for method in methods:
-        cells = []
-        for metric, _, is_ratio in columns:
-            mean = value.get((method, metric))
-            cells.append(_cost_cell(mean, value["first_order", metric] if is_ratio else None))
-        lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", setting_line(result, rows)])
+        cells = [_cost_cell(metric, value.get((method, metric))) for metric in columns]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    runs = max(row["n"] for row in rows)
+    parts = [f"Medians of {runs} interleaved runs", str(result["devices"] or "")]
+    parts += [f"`{result['command']}`"] if result["command"] else []
+    return "\n".join([*lines, "", "; ".join(part for part in parts if part) + "."])
 
 
-def _cost_cell(mean: float | None, reference: float | None) -> str:
+def _cost_cell(metric: str, mean: float | None) -> str:
     if mean is None:
         return "–"
-    if reference is None:
-        return f"{mean:.0e}"
-    return f"{mean / reference:.2f}" if reference else "–"
+    return f"{mean:.0e}" if metric == "error" else f"{mean:.2f}"
 
 
 def method_table(result: dict[str, Any], metric: str = "accuracy") -> str:

@@ -107,17 +107,19 @@ def rows(method: str, **values: float) -> list[dict]:
 
 
 def test_cost_table_is_in_multiples_of_first_order():
-    summary = rows("first_order", seconds=2.0, temp_bytes=100.0, error=0.5)
-    summary += rows("mixed_mode", seconds=5.0, temp_bytes=300.0, error=1e-7)
-    summary += [row | {"steps": 16, "mean": 99.0} for row in rows("mixed_mode", seconds=1.0)]
+    summary = rows("first_order", **{"seconds": 2.0, "seconds x": 1.0, "error": 0.5})
+    summary += rows("mixed_mode", **{"seconds": 5.0, "seconds x": 2.5, "error": 1e-7})
+    summary += [
+        row | {"steps": 16, "mean": 99.0} for row in rows("mixed_mode", **{"seconds x": 1.0})
+    ]
     result = {"summary": summary, "command": "python -m x", "devices": "1 cpu"}
     assert readme.cost_table(result) == (
-        "| estimator | time | memory | error |\n"
-        "| --- | --: | --: | --: |\n"
-        "| `first_order` | 1.00 | 1.00 | 5e-01 |\n"
-        "| `mixed_mode` | 2.50 | 3.00 | 1e-07 |\n"
+        "| estimator | time | error |\n"
+        "| --- | --: | --: |\n"
+        "| first_order | 1.00 | 5e-01 |\n"
+        "| mixed_mode | 2.50 | 1e-07 |\n"
         "\n"
-        "n = 5 repeats; 1 cpu; `python -m x`."
+        "Medians of 5 interleaved runs; 1 cpu; `python -m x`."
     )
 
 
