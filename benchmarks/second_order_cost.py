@@ -17,6 +17,7 @@ import optax
 
 import jmeta
 from jmeta import cost
+from jmeta.core.autodiff import Remat
 from jmeta.core.types import Episode, MetaGradient, Problem, PyTree, Steps
 from jmeta.methods.maml import learned_start
 from jmeta.models import conv, losses, mlp, transformer
@@ -198,7 +199,8 @@ def measure(config: Config, steps: int) -> list[dict[str, Any]]:
 def growth(config: Config) -> list[dict[str, Any]]:
     """How the memory of mixed mode grows from 16 to 64 inner steps, compiled only."""
     temp = {}
-    for steps, remat in ((16, "none"), (64, "none"), (64, "nested")):
+    plans: tuple[tuple[int, Remat], ...] = ((16, "none"), (64, "none"), (64, "nested"))
+    for steps, remat in plans:
         setting = decoder(steps, "scan/full", small=config.small)
         mg = jmeta.mixed_mode(setting.problem, steps, remat=remat)
         temp[steps, remat] = cost.compile_estimate(mg, setting.meta, setting.episode).temp_bytes

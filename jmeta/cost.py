@@ -117,7 +117,8 @@ def compile_estimate(mg: MetaGradient, meta: PyTree, episode: Episode, key: Key 
     between = time.perf_counter()
     compiled = lowered.compile()
     end = time.perf_counter()
-    temp = compiled.memory_analysis().temp_size_in_bytes
+    planned = compiled.memory_analysis()
+    temp = 0 if planned is None else planned.temp_size_in_bytes
     return Program(compiled, temp, flops(traced.jaxpr), between - begin, end - between)
 
 

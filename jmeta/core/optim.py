@@ -4,7 +4,8 @@ Backpropagating through an optax optimizer gives NaN wherever an inner gradient 
 the outgoing weights of a dead unit, an embedding row that the support set never reads, a whole
 layer that the loss does not touch. The chain rule meets :math:`\sqrt{v}'` at :math:`v = 0`, and
 :math:`0 \cdot \infty` is not a number. The functions here have optax's names, arguments, states
-and updates, and a finite derivative there. ``optax.sgd``, momentum included, needs none of this.
+(``muon`` has its own) and updates, and a finite derivative there. ``optax.sgd``, momentum
+included, needs none of this.
 
 What optax 0.2.8 does, in float32, three inner steps, where the inner gradient is zero
 in some *entries* of a leaf (a dead unit, an unseen row), and in a *whole leaf*:

@@ -150,9 +150,7 @@ def max_pool(x: Array) -> Array:
     """Maximum over windows of 2x2, stride 2; an odd last row or column is dropped.
 
     The first of equal maxima takes the gradient. Written as selections between elements, whose
-    second derivative costs what the first does (that of ``reduce_window`` is slow) and which,
-    unlike comparing elements with their maximum, survives a compiler that computes the elements
-    twice and rounds them differently.
+    second derivative costs what the first does (that of ``reduce_window`` is slow).
 
     Args:
         x: ``[n, height, width, channels]``.
