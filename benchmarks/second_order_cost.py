@@ -198,15 +198,16 @@ def measure(config: Config, steps: int) -> list[dict[str, Any]]:
 
 def growth(config: Config) -> list[dict[str, Any]]:
     """How the memory of mixed mode grows from 16 to 64 inner steps, compiled only."""
-    temp = {}
-    plans: tuple[tuple[int, Remat], ...] = ((16, "none"), (64, "none"), (64, "nested"))
-    for steps, remat in plans:
+
+    def temp(steps: int, remat: Remat) -> int:
         setting = decoder(steps, "scan/full", small=config.small)
         mg = jmeta.mixed_mode(setting.problem, steps, remat=remat)
-        temp[steps, remat] = cost.compile_estimate(mg, setting.meta, setting.episode).temp_bytes
-    fast = cost.fast_bytes(setting.problem, setting.meta)
-    slope = (temp[64, "none"] - temp[16, "none"]) / 48 / fast
-    nested = temp[64, "nested"] / temp[64, "none"]
+        return cost.compile_estimate(mg, setting.meta, setting.episode).temp_bytes
+
+    one = decoder(1, "scan/full", small=config.small)
+    fast = cost.fast_bytes(one.problem, one.meta)
+    few, many = temp(16, "none"), temp(64, "none")
+    slope, nested = (many - few) / 48 / fast, temp(64, "nested") / many
     row = {"seed": 0, "model": config.model}
     return [
         row | {"method": "mixed_mode, block remat", "metric": "memory per step / fast weights",
