@@ -42,7 +42,7 @@ def common_factor(
         True
     """
     leaves = jax.tree.leaves(fast)
-    if not leaves:
+    if len({leaf.dtype for leaf in leaves}) != 1:  # one factor cannot be rounded to two dtypes
         return None
     jaxpr = jax.make_jaxpr(lambda g: optimizer.update(g, opt_state, fast))(fast).jaxpr
     made = {out: eqn for eqn in jaxpr.eqns for out in eqn.outvars}

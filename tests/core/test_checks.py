@@ -70,8 +70,10 @@ def test_a_loss_of_the_wrong_kind_is_named(name, wrong, which):
 
 
 def test_check_is_silent_about_a_sound_problem():
-    jmeta.check(learned_start(square), META, EPISODE)
-    jmeta.check(learned_start(square), META, Episode(Steps(jnp.zeros((2, 3)))), jax.random.key(0))
+    problem = learned_start(square)
+    assert jmeta.check(problem, META, EPISODE) is None
+    steps = Episode(Steps(jnp.zeros((2, 3))))
+    assert jmeta.check(problem, META, steps, jax.random.key(0)) is None
 
 
 def test_check_names_what_is_not_finite():

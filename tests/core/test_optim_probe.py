@@ -56,7 +56,8 @@ def test_the_poisoned_leaves_are_named(optimizer, entries, whole, advice):
     ],
 )  # fmt: skip
 def test_the_safe_ones_pass(make):
-    optim.check(make(0.1), PARAMS, steps=3)
+    assert optim.check(make(0.1), PARAMS, steps=3) is None
+    assert optim.probe(make(0.1), PARAMS, steps=3).ok
 
 
 def test_the_size_is_the_derivative_at_zero():
