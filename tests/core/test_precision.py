@@ -158,12 +158,14 @@ def test_float32_losses_run_while_64_bit_types_are_enabled():
     assert grads["w"].dtype == info.inner_losses.dtype == jnp.float32
 
 
-def test_a_rate_is_not_rounded_to_the_narrower_of_two_dtypes():
+def test_a_learned_rate_is_not_rounded_to_the_narrower_of_two_dtypes():
     # 0.1 is 0.1001 in bfloat16: the float32 leaf must not see that.
     def loss(f, m, b, k):
         return sum(jnp.sum(leaf.astype(jnp.float32) ** 2) for leaf in jax.tree.leaves(f)), {}
 
-    problem = Problem(loss, loss, lambda m: optax.sgd(0.1))
-    meta = {"a": jnp.ones(2, BF16), "b": jnp.ones(2)}
+    problem = Problem(
+        loss, loss, lambda m: optax.sgd(m["rate"]), init=lambda m, key: {"a": m["a"], "b": m["b"]}
+    )
+    meta = {"a": jnp.ones(2, BF16), "b": jnp.ones(2), "rate": jnp.asarray(0.1)}
     grads = run(jmeta.mixed_mode(problem, 1), meta, Episode(jnp.zeros(1), jnp.zeros(1)))[0]
     np.testing.assert_allclose(grads["b"], 2 * 0.8**2, rtol=1e-6)
