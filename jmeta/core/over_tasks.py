@@ -11,6 +11,8 @@ from jmeta.core.inner import fold
 from jmeta.core.tree import global_norm
 from jmeta.core.types import Episode, Info, Key, MetaGradient, PyTree
 
+TASK_AXES = ("tasks", "fsdp")  # the axes of a mesh over which the tasks are split
+
 
 def over_tasks(
     mg: MetaGradient, tasks: int | None = None, *, microbatch: int | None = None
