@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jmeta.runtime.files import write_atomically
+from jmeta.files import write_atomically
 from jmeta.runtime.report import format_interval
 
 ROOT = Path(__file__).resolve().parents[1]

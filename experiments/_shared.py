@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import optax
 
 from jmeta.core.types import MetaGradient, PyTree
+from jmeta.files import write_atomically
 from jmeta.runtime import checkpoint, fit, train
-from jmeta.runtime.files import write_atomically
 
 _CPU = "cpu_seconds"
 

@@ -7,6 +7,8 @@ import pathlib
 
 import jax
 
+from jmeta.files import cache_dir
+
 
 def use_compilation_cache() -> pathlib.Path:
     """Keep compiled programs on disk; call it before anything is compiled.
@@ -21,9 +23,7 @@ def use_compilation_cache() -> pathlib.Path:
     Example:
         >>> folder = use_compilation_cache()
     """
-    home = os.environ.get("JMETA_CACHE")
-    base = pathlib.Path(home) if home else pathlib.Path.home() / ".cache" / "jmeta"
-    folder = base.expanduser() / "jax"
+    folder = cache_dir() / "jax"
     wanted = {
         "jax_compilation_cache_dir": str(folder),
         "jax_persistent_cache_min_compile_time_secs": 0.2,

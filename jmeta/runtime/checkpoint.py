@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmeta.core.types import Array, PyTree
-from jmeta.runtime.files import write_atomically
+from jmeta.files import write_atomically
 from jmeta.runtime.train import describe, leaf_name
 
 _MAX_SHOWN = 5

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
+from jmeta.files import write_atomically
 from jmeta.runtime.coerce import ConfigError, coerce, plain
-from jmeta.runtime.files import write_atomically
 from jmeta.runtime.provenance import command_of, devices, program_of, versions
 
 C = TypeVar("C")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from jmeta.runtime.files import write_atomically
+from jmeta.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jmeta.core.types import Info, PyTree
-from jmeta.runtime.files import write_atomically
+from jmeta.files import write_atomically
 from jmeta.runtime.train import leaf_name
 
 FILE = "metrics.jsonl"

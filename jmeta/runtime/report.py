@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from jmeta.files import write_atomically
 from jmeta.runtime import html
-from jmeta.runtime.files import write_atomically
 from jmeta.runtime.statistics import ROW_KEYS, SUMMARY_KEYS
 
 if TYPE_CHECKING:

@@ -16,15 +16,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jmeta.tasks.bpe import (
-    NAME,
-    SEP,
-    SPECIAL_TOKENS,
-    cache_dir,
-    cache_key,
-    cached_arrays,
-    cached_bpe,
-)
+from jmeta.data.cache import cache_key, cached_arrays
+from jmeta.files import cache_dir
+from jmeta.tasks.bpe import NAME, SEP, SPECIAL_TOKENS, cached_bpe
 from jmeta.tasks.episodes import FewShot, few_shot, partition_classes
 
 if TYPE_CHECKING:

@@ -14,8 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jmeta.data.cache import cache_key
 from jmeta.data.sources import Columns, from_datasets
-from jmeta.tasks.bpe import cache_dir, cache_key, cached_bpe, encode
+from jmeta.files import cache_dir
+from jmeta.tasks.bpe import cached_bpe, encode
 from jmeta.tasks.corpora import FRACTIONS, SPLITS
 from jmeta.tasks.episodes import FewShot, few_shot, partition_classes
 

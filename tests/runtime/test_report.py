@@ -19,9 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.__main__ import listing
+from jmeta.files import write_atomically
 from jmeta.runtime import config, figures, html, report, statistics
 from jmeta.runtime.drawing import PALETTE, spread
-from jmeta.runtime.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
 SVG = "{http://www.w3.org/2000/svg}"

@@ -160,7 +160,8 @@ def test_a_damaged_cache_is_made_again_the_same(small, cache, monkeypatch, also_
     monkeypatch.setattr(corpora, "_make_passages", lambda *args: calls.append(args) or make(*args))
     for path in made if also_the_tokeniser else made[1:]:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
-    rebuilt = stdlib_passages(min_passages=5)
+    with pytest.warns(UserWarning, match="is damaged .*; it is made again"):
+        rebuilt = stdlib_passages(min_passages=5)
     assert calls == [(64, 2048, 5, 0)]
     for split in SPLITS:
         assert rebuilt[split].names == first[split].names

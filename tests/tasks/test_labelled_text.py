@@ -92,7 +92,7 @@ def test_published_splits(jmeta_data, name, train, validation, test):
     from tokenizers import Tokenizer
 
     from jmeta.data.sources import from_datasets
-    from jmeta.tasks.bpe import cache_dir
+    from jmeta.files import cache_dir
 
     sources = labelled_text(name)
     assert [len(s.names) for s in sources.values()] == [train, validation, test]

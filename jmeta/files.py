@@ -1,16 +1,26 @@
-"""Atomic writes: a reader sees the old file or the new one, never half of it."""
+"""Files that everything here may use: atomic writes, and the folder of caches.
+
+Imports nothing but the standard library, so that any part of jmeta may import it.
+"""
+
+from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 
-def write_atomically(path: Path | str, content: str | bytes) -> Path:
-    """Write a file through a temporary one in the same folder, then rename.
+def write_atomically(
+    path: Path | str, content: str | bytes | Callable[[IO[bytes]], object]
+) -> Path:
+    """Write a file whole or not at all: to a temporary file in the same folder, then renamed.
 
     Args:
       path: The file to write; missing parent folders are made.
-      content: Text (written as UTF-8, newlines kept) or bytes.
+      content: Text (written as UTF-8, newlines kept), bytes, or a function that writes to the open
+        binary file it is given.
 
     Returns:
       The path written.
@@ -23,11 +33,13 @@ def write_atomically(path: Path | str, content: str | bytes) -> Path:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode() if isinstance(content, str) else content
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes files private; a result is as readable as any other new file.
@@ -39,3 +51,8 @@ def write_atomically(path: Path | str, content: str | bytes) -> Path:
         Path(name).unlink(missing_ok=True)
         raise
     return path
+
+
+def cache_dir() -> Path:
+    """``$JMETA_CACHE``, or ``~/.cache/jmeta``."""
+    return Path(os.environ.get("JMETA_CACHE") or "~/.cache/jmeta").expanduser()
