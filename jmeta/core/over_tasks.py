@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jmeta.core.inner import fold
 from jmeta.core.tree import global_norm
@@ -63,9 +65,16 @@ def over_tasks(
         count = _count(episodes)
         if tasks is not None and count != tasks:
             raise ValueError(f"over_tasks was built for {tasks} tasks and got {count} episodes")
-        together = count if microbatch is None else microbatch
-        if together < 1 or count % together:
-            raise ValueError(f"microbatch={microbatch} does not divide the {count} episodes")
+        axes, shards = _task_shards()
+        own, odd = divmod(count, shards)
+        if odd:
+            raise ValueError(f"{count} episodes cannot be split evenly over {shards} devices")
+        together = own if microbatch is None else microbatch
+        if shards > 1:
+            together = min(together, own)  # the same program on fewer and on more devices
+        if together < 1 or own % together:
+            each = "" if shards == 1 else f" of each of {shards} devices"
+            raise ValueError(f"microbatch={microbatch} does not divide the {own} episodes{each}")
 
         def one(index: jax.Array, state: PyTree, episode: Episode):
             return mg.estimate(meta, state, episode, fold(key, index))
@@ -74,14 +83,10 @@ def over_tasks(
             grads, state, info = jax.vmap(one)(indices, state, episodes)
             return jax.tree.map(lambda g: jnp.sum(g.astype(wide(g)), axis=0), grads), state, info
 
-        indices = _like_tasks(jnp.arange(count), episodes)
-        if together == count:
-            total, state, info = several(indices, state, episodes)
-        else:
-            parts = jax.tree.map(
-                lambda x: x.reshape(count // together, together, *x.shape[1:]),
-                (indices, state, episodes),
-            )
+        def accumulated(*tasks: PyTree):
+            if together == own:
+                return several(*tasks)
+            parts = jax.tree.map(lambda x: x.reshape(-1, together, *x.shape[1:]), tasks)
 
             def add(total: PyTree, part):
                 grads, state, info = several(*part)
@@ -89,6 +94,17 @@ def over_tasks(
 
             zeros = jax.tree.map(lambda m: jnp.zeros(jnp.shape(m), wide(m)), meta)
             total, (state, info) = jax.lax.scan(add, zeros, parts)
+            return total, *jax.tree.map(lambda x: x.reshape(own, *x.shape[2:]), (state, info))
+
+        tasks_of = (_like_tasks(jnp.arange(count), episodes), state, episodes)
+        if shards == 1:
+            total, state, info = accumulated(*tasks_of)
+        else:
+            # Each device sums its own tasks first: one reduction, after the loop over microbatches.
+            split = jax.tree.map(lambda x: x.reshape(shards, own, *x.shape[1:]), tasks_of)
+            sums = jax.vmap(accumulated, spmd_axis_name=axes)(*_split_over(axes, split))
+            sums, state, info = _split_over(axes, sums)
+            total = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
             state, info = jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), (state, info))
         grads = jax.tree.map(lambda g, m: (g / count).astype(jnp.result_type(m)), total, meta)
         info = jax.tree.map(lambda x: jnp.mean(x, axis=0), info)
@@ -114,13 +130,30 @@ def wide(leaf: Any) -> jnp.dtype:
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype("float32")
 
 
+def _task_shards() -> tuple[tuple[str, ...], int]:
+    """The axes of the mesh in use that split the tasks, and the number of parts."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in TASK_AXES if axis in mesh.auto_axes)
+    return axes, math.prod(mesh.shape[axis] for axis in axes)
+
+
+def _split_over(axes: tuple[str, ...], tree: PyTree) -> PyTree:
+    """The tree with leading axes split over these mesh axes, the others left to the compiler."""
+
+    def split(leaf: jax.Array) -> jax.Array:
+        rest = [PartitionSpec.UNCONSTRAINED] * (leaf.ndim - 1)
+        return jax.lax.with_sharding_constraint(leaf, PartitionSpec(axes, *rest))
+
+    return jax.tree.map(split, tree)
+
+
 def _like_tasks(indices: jax.Array, episodes: Episode) -> jax.Array:
     """The indices laid out as the tasks are, which a mesh of explicit axes asks of ``vmap``."""
     sharding = jax.typeof(jax.tree.leaves(episodes)[0]).sharding
     if not sharding.mesh.explicit_axes:
         return indices
-    spec = jax.sharding.PartitionSpec(*sharding.spec[:1])
-    return jax.sharding.reshard(indices, jax.sharding.NamedSharding(sharding.mesh, spec))
+    spec = PartitionSpec(*sharding.spec[:1])
+    return jax.sharding.reshard(indices, NamedSharding(sharding.mesh, spec))
 
 
 def _count(episodes: Episode) -> int:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jmeta.core.over_tasks import TASK_AXES
 from jmeta.core.tree import matches, path_name
 from jmeta.core.types import Info, MetaGradient, PyTree
-from jmeta.runtime.train import TrainState, advance
+from jmeta.runtime.train import TrainState, meta_trainer
 
 AXES = (*TASK_AXES, "tensor")
 Rules: TypeAlias = Sequence[tuple[str, P]]
@@ -59,8 +59,8 @@ def mlp(layers: int) -> Rules:
         Rules.
 
     Example:
-        >>> dict(mlp(2))["**.layer1.kernel"]
-        PartitionSpec(('tensor', 'fsdp'), None)
+        >>> [glob for glob, _ in mlp(2)]
+        ['**.layer0.kernel', '**.layer1.kernel', '**.bias']
     """
     rules = []
     for i in range(layers):
@@ -78,8 +78,8 @@ class MeshConfig:
     """How many devices each axis of a mesh has; -1, for one of them: as many as are left.
 
     Example:
-        >>> make_mesh(MeshConfig(tasks=1), jax.devices()[:1]).shape
-        OrderedDict({'tasks': 1, 'fsdp': 1, 'tensor': 1})
+        >>> dict(make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]).shape)
+        {'tasks': 1, 'fsdp': 1, 'tensor': 1}
     """
 
     tasks: int = -1
@@ -109,9 +109,19 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None =
         >>> make_mesh(MeshConfig(tasks=2, fsdp=3), jax.devices()[:1])
         Traceback (most recent call last):
         ...
-        ValueError: a mesh of tasks=2 x fsdp=3 x tensor=1 has 6 devices, but there is 1
+        ValueError: a mesh of tasks=2 x fsdp=3 x tensor=1 needs 6 devices, and there are 1
     """
-    raise NotImplementedError
+    found = list(jax.devices() if devices is None else np.ravel(np.asarray(devices, dtype=object)))
+    sizes = dataclasses.astuple(config)
+    asked = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+        raise ValueError(f"the axes of a mesh are positive, and one may be -1; got {asked}")
+    fixed = math.prod(size for size in sizes if size != -1)
+    shape = tuple(len(found) // fixed if size == -1 else size for size in sizes)
+    if math.prod(shape) != len(found):
+        needed = f"a multiple of {fixed}" if -1 in sizes else str(fixed)
+        raise ValueError(f"a mesh of {asked} needs {needed} devices, and there are {len(found)}")
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=found)
 
 
 def shardings(mesh: Mesh, tree: PyTree, rules: Rules) -> PyTree:
@@ -135,13 +145,15 @@ def shardings(mesh: Mesh, tree: PyTree, rules: Rules) -> PyTree:
     Example:
         >>> mesh = make_mesh()
         >>> params = {"up": jax.ShapeDtypeStruct((2, 4), "float32")}
-        >>> shardings(mesh, params, [("up", P(None, "tensor"))])["up"].spec
-        PartitionSpec(None, 'tensor')
+        >>> shardings(mesh, params, [("up", P(None, "tensor"))])["up"].spec == P(None, "tensor")
+        True
     """
-    raise NotImplementedError
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, _spec(mesh, path_name(path), leaf, rules)), tree
+    )
 
 
-def state_shardings(mesh: Mesh, state: TrainState, rules: Rules) -> TrainState:
+def state_shardings(mesh: Mesh, state: TrainState, rules: Rules) -> PyTree:
     """Where a training state lies: what is kept for a parameter lies as the parameter does.
 
     A leaf of the optimizer's or the estimator's state follows the parameter whose path ends its
@@ -157,17 +169,42 @@ def state_shardings(mesh: Mesh, state: TrainState, rules: Rules) -> TrainState:
         A ``TrainState`` of ``NamedSharding``.
 
     Raises:
-        ValueError: see ``shardings``; persistent students that cannot be split evenly.
+        ValueError: see ``shardings``.
     """
-    raise NotImplementedError
+    laid = shardings(mesh, state.meta, rules)
+    named = jax.tree_util.tree_leaves_with_path(state.meta)
+    parameters = {
+        _dotted(path): (tuple(leaf.shape), sharding.spec)
+        for (path, leaf), sharding in zip(named, jax.tree.leaves(laid), strict=True)
+    }
+
+    def follow(lead: tuple[Any, ...], path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        shape = tuple(leaf.shape)[len(lead) :]
+        spec = P()
+        for name in _endings(_dotted(path)):
+            if name in parameters and parameters[name][0] == shape:
+                spec = parameters[name][1]
+                break
+        return NamedSharding(mesh, P(*lead, *(_without(spec, TASK_AXES) if lead else spec)))
+
+    along = jax.tree_util.tree_map_with_path
+    lead = (TASK_AXES,) if _by_task(mesh, state.estimator_state) else ()
+    everywhere: Any = NamedSharding(mesh, P())
+    return TrainState(
+        step=everywhere,
+        meta=laid,
+        opt_state=along(partial(follow, ()), state.opt_state),
+        estimator_state=along(partial(follow, lead), state.estimator_state),
+        key=everywhere,
+    )
 
 
 def task_sharding(mesh: Mesh) -> NamedSharding:
     """Where batched episodes lie: their leading task axis over ``tasks`` x ``fsdp``.
 
     Example:
-        >>> task_sharding(make_mesh()).spec
-        PartitionSpec(('tasks', 'fsdp'),)
+        >>> task_sharding(make_mesh()).spec == P(("tasks", "fsdp"))
+        True
     """
     return NamedSharding(mesh, P(TASK_AXES))
 
@@ -186,7 +223,7 @@ def shard_state(mesh: Mesh, state: TrainState, rules: Rules) -> TrainState:
     Raises:
         ValueError: see ``state_shardings``.
     """
-    raise NotImplementedError
+    return jax.device_put(state, state_shardings(mesh, state, rules))
 
 
 def shard_episodes(mesh: Mesh, episodes: PyTree) -> PyTree:
@@ -202,7 +239,21 @@ def shard_episodes(mesh: Mesh, episodes: PyTree) -> PyTree:
     Raises:
         ValueError: the tasks cannot be split evenly over the devices.
     """
-    raise NotImplementedError
+    layout = task_sharding(mesh)
+
+    def put(leaf: Any) -> jax.Array:
+        if isinstance(leaf, jax.Array) and leaf.sharding.num_devices == mesh.size:
+            return leaf
+        leaf = np.asarray(leaf)
+        tasks = leaf.shape[0] * jax.process_count()
+        if tasks % _task_parts(mesh):
+            raise ValueError(
+                f"a batch of {tasks} tasks cannot be split evenly over the mesh's "
+                f"{' x '.join(f'{axis}={mesh.shape[axis]}' for axis in TASK_AXES)} devices"
+            )
+        return jax.make_array_from_process_local_data(layout, leaf)
+
+    return jax.tree.map(put, episodes)
 
 
 def sharded(mg: MetaGradient, mesh: Mesh, rules: Rules) -> MetaGradient:
@@ -220,7 +271,18 @@ def sharded(mg: MetaGradient, mesh: Mesh, rules: Rules) -> MetaGradient:
     Returns:
         The same estimator, to be used inside ``jax.jit``.
     """
-    raise NotImplementedError
+
+    def estimate(meta: PyTree, state: PyTree, episodes: PyTree, key: Any):
+        layout = shardings(mesh, meta, rules)
+        gathered = jax.tree.map(
+            lambda each: NamedSharding(mesh, _without(each.spec, TASK_AXES)), layout
+        )
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # which over_tasks looks for
+            whole = jax.lax.with_sharding_constraint(meta, gathered)
+            grads, state, info = mg.estimate(whole, state, episodes, key)
+        return jax.lax.with_sharding_constraint(grads, layout), state, info
+
+    return MetaGradient(mg.init, estimate)
 
 
 def sharded_step(
@@ -245,7 +307,23 @@ def sharded_step(
     Returns:
         ``(state, episodes) -> (state, Info)``, a ``jax.jit`` function.
     """
-    raise NotImplementedError
+    step = meta_trainer(sharded(mg, mesh, rules), outer_optimizer).step
+    return jit_step(step, mesh, state_shardings(mesh, state, rules))
+
+
+def jit_step(step: Callable[..., Any], mesh: Mesh, layout: PyTree) -> Callable[..., Any]:
+    """Compile ``(state, episodes) -> (state, Info)``: the state keeps its layout and its buffers.
+
+    Args:
+        step: a pure function.
+        mesh: the mesh.
+        layout: the state's shardings.
+
+    Returns:
+        A ``jax.jit`` function that donates the state; ``Info`` is on every device.
+    """
+    everywhere = NamedSharding(mesh, P())
+    return jax.jit(step, donate_argnums=0, out_shardings=(layout, everywhere))
 
 
 def abstract(tree: PyTree, layout: PyTree) -> PyTree:
@@ -258,33 +336,72 @@ def abstract(tree: PyTree, layout: PyTree) -> PyTree:
     Returns:
         A tree of ``ShapeDtypeStruct`` with shardings.
     """
-    raise NotImplementedError
+    if isinstance(layout, jax.sharding.Sharding):
+        layout = jax.tree.map(lambda _: layout, tree)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        layout,
+    )
 
 
-class Collective(NamedTuple):
-    """One communication in a compiled program.
+def _spec(mesh: Mesh, name: str, leaf: Any, rules: Rules) -> P:
+    """The spec of the first rule for a leaf, checked against its shape."""
+    shape = tuple(leaf.shape)
+    spec = next((spec for glob, spec in rules if matches(name, glob)), P() if not shape else None)
+    if spec is None:
+        raise ValueError(
+            f"no rule says where the leaf {name!r} of shape {shape} lies; add one, such as "
+            f"({name!r}, PartitionSpec()) for a copy on every device"
+        )
+    if not shape:
+        return P()
+    if len(spec) > len(shape):
+        raise ValueError(f"the rule for {name!r} is {spec}, but its shape {shape} is shorter")
+    for dimension, entry in enumerate(spec):
+        for axis in _axes(entry):
+            if axis not in mesh.shape:
+                raise ValueError(
+                    f"the rule for {name!r} names the mesh axis {axis!r}; there are "
+                    f"{', '.join(mesh.axis_names)}"
+                )
+        parts = math.prod(mesh.shape[axis] for axis in _axes(entry))
+        if shape[dimension] % parts:
+            raise ValueError(
+                f"dimension {dimension} of the leaf {name!r} of shape {shape} cannot be split "
+                f"evenly over {' x '.join(f'{a}={mesh.shape[a]}' for a in _axes(entry))}; choose "
+                "another size for the axis, pad the dimension, or put a rule for this leaf first"
+            )
+    return spec
 
-    Attributes:
-        kind: ``all-reduce``, ``all-gather``, ``reduce-scatter``, ``all-to-all`` or
-            ``collective-permute``.
-        shapes: the arrays it yields on each device, as in ``f32[2,3]``.
-        bytes: their size.
-        looped: whether it is inside the body of a loop.
-    """
 
-    kind: str
-    shapes: tuple[str, ...]
-    bytes: int
-    looped: bool
+def _axes(entry: Any) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def collectives(text: str) -> list[Collective]:
-    """The communication of a compiled program.
+def _without(spec: P, axes: Sequence[str]) -> P:
+    """The spec with these mesh axes taken out of it."""
+    kept = [tuple(axis for axis in _axes(entry) if axis not in axes) for entry in spec]
+    return P(*(entry or None for entry in kept))
 
-    Args:
-        text: ``compiled.as_text()``.
 
-    Returns:
-        One ``Collective`` for each instruction.
-    """
-    raise NotImplementedError
+def _dotted(path: tuple[Any, ...]) -> str:
+    """A path that ends in another's exactly where the tree does: ``.mu.layer0.kernel``."""
+    return "." + path_name(path) if path else ""
+
+
+def _endings(dotted: str) -> Iterator[str]:
+    """A dotted path and its ends, the longest first, the empty one last."""
+    parts = dotted.split(".")
+    yield from ("." + ".".join(parts[i:]) for i in range(1, len(parts)))
+    yield ""
+
+
+def _by_task(mesh: Mesh, state: PyTree) -> bool:
+    """Whether the leaves of an estimator's state begin with one task axis that can be split."""
+    lengths = {tuple(leaf.shape)[:1] for leaf in jax.tree.leaves(state)}
+    return len(lengths) == 1 and lengths != {()} and not lengths.pop()[0] % _task_parts(mesh)
+
+
+def _task_parts(mesh: Mesh) -> int:
+    return math.prod(mesh.shape[axis] for axis in TASK_AXES)
