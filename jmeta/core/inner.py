@@ -319,6 +319,7 @@ def inner_loop(
     scaled_grad = grad(scaled(checked(problem.inner_loss, "inner_loss")))
 
     def run(meta: PyTree, state: InnerState, episode: Episode, key: Key):
+        _require_varying(meta, state.fast, episode)
         encode_key, inner_key, outer_key = keys(key, 3)
         if objective.name == "unscored":
             episode = Episode(episode.support)
@@ -369,3 +370,29 @@ def inner_loop(
         return loss, (state, losses, aux)
 
     return run
+
+
+def _require_varying(meta: PyTree, fast: PyTree, episode: Episode) -> None:
+    """Refuse to differentiate weights that ``shard_map`` holds equal on all devices.
+
+    The gradient of such weights is summed over the devices by jax, at every inner step.
+    """
+    axes = frozenset().union(*map(_varying, jax.tree.leaves((meta, fast, episode))))
+    for leaf in jax.tree.leaves((meta, fast)):
+        if equal := axes - _varying(leaf):
+            names = ", ".join(sorted(equal))
+            raise ValueError(
+                f"inside jax.shard_map the episodes differ along the mesh axis {names} and the "
+                "weights do not, so jax would sum the gradient of every inner step over the "
+                "devices, and each task would learn from the others' data. Make the weights "
+                f"varying first: meta = jax.lax.pcast(meta, {names!r}, to='varying'); or use "
+                "jax.jit with NamedSharding (jmeta.runtime.parallel) instead of shard_map"
+            )
+
+
+def _varying(leaf: Any) -> frozenset[str]:
+    """The mesh axes along which an array inside ``shard_map`` differs, where jax tracks them."""
+    kind: Any = jax.typeof(leaf)
+    if hasattr(kind, "manual_axis_type"):  # the name before: vma
+        return kind.manual_axis_type.varying
+    return getattr(kind, "vma", frozenset())

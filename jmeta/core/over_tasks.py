@@ -28,6 +28,8 @@ def over_tasks(
         tasks: number of episodes; needed where the estimator keeps a state for each.
         microbatch: how many episodes are mapped together; their gradients are summed before the
             next few begin, so memory does not grow with the number of tasks. None for all at once.
+            On a mesh with ``tasks`` and ``fsdp`` axes (``jax.set_mesh``, or ``fit(mesh=)``) each
+            device maps as many of its own tasks, and the gradients are reduced once, at the end.
 
     Returns:
         An estimator for episodes with a leading task axis. Its ``Info`` is the mean over tasks,
@@ -35,7 +37,7 @@ def over_tasks(
 
     Raises:
         ValueError: ``microbatch`` does not divide the number of tasks; a stateful estimator
-            without ``tasks``.
+            without ``tasks``; a number of tasks that the mesh does not divide.
 
     Example:
         >>> import optax
@@ -92,7 +94,7 @@ def over_tasks(
                 grads, state, info = several(*part)
                 return jax.tree.map(jnp.add, total, grads), (state, info)
 
-            zeros = jax.tree.map(lambda m: jnp.zeros(jnp.shape(m), wide(m)), meta)
+            zeros = jax.tree.map(lambda m: jnp.zeros_like(m, wide(m)), meta)
             total, (state, info) = jax.lax.scan(add, zeros, parts)
             return total, *jax.tree.map(lambda x: x.reshape(own, *x.shape[2:]), (state, info))
 

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from jmeta.core.types import Array, Info, MetaGradient, PyTree
-from jmeta.runtime import checkpoint, metrics, nonfinite
+from jmeta.runtime import checkpoint, metrics, nonfinite, parallel
 from jmeta.runtime.batches import (
     Batches,
     RecompilationWarning,
@@ -77,6 +77,8 @@ def fit(
     log_every: int = 10,
     progress: bool = True,
     on_step: Callable[[int, TrainState, Info], None] | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    rules: parallel.Rules | None = None,
 ) -> FitResult:
     """Train meta-parameters for a number of outer steps.
 
@@ -105,6 +107,9 @@ def fit(
         progress: a bar in a terminal, a line at each logged step elsewhere; False: silence.
         on_step: ``(step, state, info) -> None`` after each step (counted from 1). The next step
             donates the state's buffers: copy what is to be kept.
+        mesh: from ``parallel.make_mesh``: the tasks of each batch are split over it. ``batches``
+            gives numpy arrays or arrays of one device, in each process its own part of the tasks.
+        rules: how meta is split over the mesh, such as ``parallel.TRANSFORMER``; None: not at all.
 
     Returns:
         The meta-parameters, the state, the rows of metrics, and whether a signal ended the run.
@@ -134,11 +139,17 @@ def fit(
     _require(out is not None, needs, "a folder to save to: pass out=")
     needs = {"evaluate_every": evaluate_every, "best": best}
     _require(evaluate is not None, needs, "something to evaluate: pass evaluate=")
+    _require(mesh is not None, {"rules": rules}, "a mesh to lay the weights out on: pass mesh=")
     if min(steps, evaluate_every, checkpoint_every, keep) < 0 or log_every < 1:
         raise ValueError("steps, evaluate_every, checkpoint_every, keep >= 0 and log_every >= 1")
     schedule, out = as_stages(mg), None if out is None else pathlib.Path(out)
     seed_key = jax.random.key(key) if isinstance(key, int) else key
     state, done = init_state(schedule, outer_optimizer, meta, seed_key), 0
+    if mesh is not None:
+        rules = parallel.REPLICATED if rules is None else rules
+        shard = partial(parallel.sharded, mesh=mesh, rules=rules)
+        schedule = Stages(schedule.starts, tuple(map(shard, schedule.estimators)))
+        state = parallel.shard_state(mesh, state, rules)
 
     with contextlib.ExitStack() as stack:
         manager, record = None, None
@@ -162,6 +173,8 @@ def fit(
         while done < steps and not caught:
             unseen[done + 1] = batches.state()
             episodes = _next(batches, done, steps)
+            if mesh is not None:
+                episodes = parallel.shard_episodes(mesh, episodes)
             stage = stage_at(schedule, done)
             if not compiled:
                 now = _on_one_mesh(now, episodes)
@@ -280,10 +293,10 @@ def _compile(
 ) -> Callable[..., tuple[nonfinite.Guarded, Info]]:
     """The guarded step; over several devices the state keeps its layout from step to step."""
     step = partial(nonfinite.guarded_step, mg, outer_optimizer)
-    if all(leaf.sharding.num_devices == 1 for leaf in jax.tree.leaves(now)):
-        return jax.jit(step, donate_argnums=0)
     layout = jax.tree.map(lambda leaf: leaf.sharding, now)
-    return jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
+    if layout.failed.num_devices == 1:
+        return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(layout, layout.failed))
 
 
 def _on_one_mesh(now: nonfinite.Guarded, episodes: PyTree) -> nonfinite.Guarded:

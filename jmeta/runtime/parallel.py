@@ -308,22 +308,8 @@ def sharded_step(
         ``(state, episodes) -> (state, Info)``, a ``jax.jit`` function.
     """
     step = meta_trainer(sharded(mg, mesh, rules), outer_optimizer).step
-    return jit_step(step, mesh, state_shardings(mesh, state, rules))
-
-
-def jit_step(step: Callable[..., Any], mesh: Mesh, layout: PyTree) -> Callable[..., Any]:
-    """Compile ``(state, episodes) -> (state, Info)``: the state keeps its layout and its buffers.
-
-    Args:
-        step: a pure function.
-        mesh: the mesh.
-        layout: the state's shardings.
-
-    Returns:
-        A ``jax.jit`` function that donates the state; ``Info`` is on every device.
-    """
-    everywhere = NamedSharding(mesh, P())
-    return jax.jit(step, donate_argnums=0, out_shardings=(layout, everywhere))
+    layout = (state_shardings(mesh, state, rules), NamedSharding(mesh, P()))
+    return jax.jit(step, donate_argnums=0, out_shardings=layout)
 
 
 def abstract(tree: PyTree, layout: PyTree) -> PyTree:
