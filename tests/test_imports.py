@@ -31,7 +31,15 @@ ALLOWED = {
         "jmeta.tasks",
     },
     "jmeta.runtime": {"jmeta.files", "jmeta.core", "jmeta.runtime"},
-    "jmeta.cost": {"jmeta.core", "jmeta.runtime.parallel"},
+    # The planner compiles the real step, of models by name, and imports both when it plans.
+    "jmeta.cost": {
+        "jmeta.core",
+        "jmeta.cost",
+        "jmeta.files",
+        "jmeta.models",
+        "jmeta.runtime.parallel",
+        "jmeta.runtime.train",
+    },
     "jmeta.testing": {"jmeta.core"},
     "jmeta": {"jmeta"},
 }
