@@ -6,27 +6,15 @@ derivative of every order exists in both modes (there is no ``custom_vjp`` anywh
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from jmeta.core.types import Array, Key
+from jmeta.models import blocks
 
 Params = dict[str, Any]
-
-SCAN_FROM = 8  # layers: from here the compile time of a Python loop costs more than it saves
-MASKED = -1e30  # a score that softmax sends to exactly zero, finite so that no derivative is NaN
-
-_CHOICES = {
-    "loop": (None, "scan", "unroll"),
-    "remat": ("none", "dots", "hidden", "full"),
-    "attention": ("xla", "fused"),
-    "gelu": ("tanh", "exact"),
-}
 
 
 class TransformerConfig(NamedTuple):
@@ -56,6 +44,8 @@ class TransformerConfig(NamedTuple):
         dtype: what blocks are computed in, such as ``jnp.bfloat16``; None: the dtype of the
             parameters. Parameters keep their own dtype and are cast inside; normalisation,
             softmax, logits and losses are at least float32.
+        attention_dropout: probability of zeroing an attention weight, under the same key.
+        eps: added to the variance in every normalisation.
     """
 
     vocab: int
@@ -71,6 +61,8 @@ class TransformerConfig(NamedTuple):
     dropout: float = 0.0
     gelu: Literal["tanh", "exact"] = "tanh"
     dtype: Any = None
+    attention_dropout: float = 0.0
+    eps: float = 1e-5
 
 
 def init(config: TransformerConfig, key: Array) -> Params:
@@ -97,7 +89,7 @@ def init(config: TransformerConfig, key: Array) -> Params:
         >>> params["blocks"]["attn"]["qkv"].shape
         (2, 8, 24)
     """
-    _check(config)
+    blocks.check(config)
     layers, width = config.layers, config.width
     ff = config.ff or 4 * width
     keys = iter(jax.random.split(key, 6))
@@ -181,7 +173,7 @@ def logits(
     states = hidden(config, params, tokens, mask, key)
     table = params["embed"]["tokens"]
     flat = states.reshape(-1, config.width)
-    return _unembed(flat, table).reshape(*tokens.shape, table.shape[0])
+    return blocks.unembed(flat, table).reshape(*tokens.shape, table.shape[0])
 
 
 def pooled(
@@ -204,14 +196,7 @@ def pooled(
     Returns:
         ``[..., width]``, at least float32.
     """
-    states = hidden(config, params, tokens, mask, key)
-    states = states.astype(_accumulate(states.dtype))
-    if mask is None:
-        return states.mean(-2)
-    # where, not multiplication: a sequence without tokens may hold anything at its positions.
-    keep = (mask != 0)[..., None]
-    total = jnp.where(keep, states, 0).sum(-2)
-    return total / jnp.maximum(keep.sum(-2), 1).astype(states.dtype)
+    return blocks.mean_pool(hidden(config, params, tokens, mask, key), mask)
 
 
 def next_token_loss(
@@ -260,190 +245,29 @@ def next_token_loss(
     # One gather serves inputs and targets, so one scatter-add serves their gradients.
     rows = jnp.take(table, tokens, axis=0, mode="clip")
     states = _trunk(config, params, rows, mask, key)
-    exact = _accumulate(states.dtype)
     # The last position, without a target, is kept with weight zero: round shapes multiply faster.
-    targets = jnp.roll(rows, -1, axis=-2).astype(states.dtype).astype(exact)
-    flat = states.reshape(-1, config.width)
-    picked = (flat.astype(exact) * targets.reshape(-1, config.width)).sum(-1)
-    losses = _logsumexp(_unembed(flat, table)) - picked
-    counts = jnp.ones(tokens.shape, exact) if weights is None else weights.astype(exact)
-    counts = jnp.concatenate([counts[..., 1:], jnp.zeros_like(counts[..., :1])], -1).reshape(-1)
-    total = counts.sum()
-    loss = (losses * counts).sum() / jnp.where(total == 0, 1, total)
+    counts = jnp.ones(tokens.shape, states.dtype) if weights is None else weights
+    counts = jnp.concatenate([counts[..., 1:], jnp.zeros_like(counts[..., :1])], -1)
+    loss, total = blocks.token_loss(states, table, jnp.roll(rows, -1, axis=-2), counts, None)
     return loss, {"tokens": total}
-
-
-def _check(config: TransformerConfig) -> None:
-    for name, allowed in _CHOICES.items():
-        if getattr(config, name) not in allowed:
-            raise ValueError(f"{name}={getattr(config, name)!r}; choose one of {allowed}")
-    if config.width % config.heads:
-        raise ValueError(f"width {config.width} is not a multiple of heads {config.heads}")
-    if not 0 <= config.dropout < 1:
-        raise ValueError(f"dropout={config.dropout} is not in [0, 1)")
-
-
-def _accumulate(dtype: Any) -> Any:
-    """Float32 for anything narrower, else the dtype itself."""
-    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
 
 
 def _trunk(
     config: TransformerConfig, params: Params, rows: Array, mask: Array | None, key: Key
 ) -> Array:
     """Final hidden states ``[..., time, width]`` from embedding rows of that shape."""
-    _check(config)
+    blocks.check(config)
+    blocks.check_length(rows.shape[:-1], mask, config.max_len)
     lead, (time, width) = rows.shape[:-2], rows.shape[-2:]
-    if time > config.max_len:
-        raise ValueError(f"{time} tokens, but the model has max_len={config.max_len} positions")
     if width != config.width:
         raise ValueError(f"embeddings have width {width}, the config says {config.width}")
-    if mask is not None and mask.shape != rows.shape[:-1]:
-        raise ValueError(f"mask has shape {mask.shape}, tokens {rows.shape[:-1]}")
     x = rows.reshape(-1, time, width)
     x = x + jax.lax.slice_in_dim(params["embed"]["positions"], 0, time)[None]
     x = x.astype(x.dtype if config.dtype is None else config.dtype)
-    keys = None
-    if key is not None and config.dropout > 0:
+    rest = None
+    if key is not None and max(config.dropout, config.attention_dropout) > 0:
         first, rest = jax.random.split(key)
-        keys = jax.random.split(rest, config.layers)
-        x = _dropout(x, config.dropout, first)
-    allowed = _allowed(config, mask, time)
-    block = functools.partial(_block, config, allowed)
-    x = _over_layers(config, block, x, params["blocks"], keys)
-    return _layer_norm(x, params["ln_f"]).reshape(*lead, time, width)
-
-
-def _over_layers(
-    config: TransformerConfig, block: Callable, x: Array, blocks: Params, keys: Key
-) -> Array:
-    if _loop(config) == "scan":
-        return jax.lax.scan(lambda x, layer: (block(x, *layer), None), x, (blocks, keys))[0]
-    # split, not indexing: its transpose is one concatenation, while the transpose of each x[i] is
-    # a scatter or a pad into zeros of the size of the whole stack, summed over the layers.
-    pieces = jax.tree.map(lambda leaf: jax.lax.split(leaf, (1,) * config.layers), blocks)
-    for i in range(config.layers):
-        layer = jax.tree.map(lambda _, split, i=i: split[i].squeeze(0), blocks, pieces)
-        x = block(x, layer, None if keys is None else keys[i])
-    return x
-
-
-def _loop(config: TransformerConfig) -> str:
-    return config.loop or ("unroll" if config.layers < SCAN_FROM else "scan")
-
-
-def _rematerialised(branch: Callable, config: TransformerConfig) -> Callable:
-    if config.remat == "none":
-        return branch
-    policy = {
-        "hidden": jax.checkpoint_policies.save_only_these_names("hidden"),
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    }.get(config.remat)
-    # Inside a scan nothing can be merged with the forward pass, so no barrier is needed.
-    return jax.checkpoint(branch, policy=policy, prevent_cse=_loop(config) != "scan")
-
-
-def _block(
-    config: TransformerConfig, allowed: Array | None, x: Array, layer: Params, key: Key
-) -> Array:
-    """One pre-norm block: ``x + attention(ln1(x))``, then ``x + mlp(ln2(x))``."""
-    keys = (None, None) if key is None else jax.random.split(key)
-
-    def attention(x: Array, layer: Params, key: Key) -> Array:
-        branch = _attention(config, layer["attn"], _layer_norm(x, layer["ln1"]), allowed)
-        return x + _dropout(branch, config.dropout, key)
-
-    def mlp(x: Array, layer: Params, key: Key) -> Array:
-        branch = _mlp(config, layer["mlp"], _layer_norm(x, layer["ln2"]))
-        return x + _dropout(branch, config.dropout, key)
-
-    # Each branch by itself: the temporaries of one are gone before the other's are recomputed.
-    x = _rematerialised(attention, config)(x, layer, keys[0])
-    return _rematerialised(mlp, config)(x, layer, keys[1])
-
-
-def _mlp(config: TransformerConfig, weights: Params, x: Array) -> Array:
-    hidden = checkpoint_name(_linear(x, weights["up"]), "hidden")
-    return _linear(_gelu(hidden, config.gelu), weights["down"])
-
-
-def _attention(
-    config: TransformerConfig, weights: Params, x: Array, allowed: Array | None
-) -> Array:
-    batch, time, width = x.shape
-    per_head = width // config.heads
-    qkv = _linear(x, weights["qkv"]).reshape(batch, time, 3, config.heads, per_head)
-    if config.attention == "fused":
-        q, k, v = (qkv[:, :, i] for i in range(3))
-        mixed = jax.nn.dot_product_attention(q, k, v, mask=allowed)
-    else:
-        q, k, v = jnp.transpose(qkv, (2, 0, 3, 1, 4))
-        exact = _accumulate(x.dtype)
-        q = q * per_head**-0.5
-        scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=exact)
-        probabilities = _softmax(scores, allowed).astype(x.dtype)
-        mixed = jnp.einsum("bhqk,bhkd->bhqd", probabilities, v)
-        mixed = jnp.transpose(mixed, (0, 2, 1, 3))
-    return _linear(mixed.reshape(batch, time, width), weights["out"])
-
-
-def _allowed(config: TransformerConfig, mask: Array | None, time: int) -> Array | None:
-    """Who attends to whom, ``[batch or 1, 1, query, key]`` bool, or None for everybody."""
-    allowed = None
-    if config.causal:
-        allowed = jnp.tril(jnp.ones((time, time), bool))[None, None]
-    if mask is not None:
-        present = (mask != 0).reshape(-1, 1, 1, time)
-        allowed = present if allowed is None else present & allowed
-    return allowed
-
-
-def _softmax(scores: Array, allowed: Array | None) -> Array:
-    # The mask is added, not selected, and jax's softmax has a derivative in terms of its output:
-    # of the [time, time] arrays only the probabilities are kept for a backward pass.
-    if allowed is not None:
-        scores = scores + jnp.where(allowed, 0.0, MASKED).astype(scores.dtype)
-    return jax.nn.softmax(scores, axis=-1)
-
-
-def _logsumexp(scores: Array) -> Array:
-    shift = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
-    return jnp.log(jnp.exp(scores - shift).sum(-1)) + shift[..., 0]
-
-
-def _unembed(flat: Array, table: Array) -> Array:
-    """``[n, width]`` states to ``[n, vocab]`` logits, accumulated in at least float32."""
-    return jax.lax.dot_general(
-        flat,
-        table.astype(flat.dtype),
-        (((1,), (1,)), ((), ())),
-        preferred_element_type=_accumulate(flat.dtype),
-    )
-
-
-def _linear(x: Array, weight: Array) -> Array:
-    """``x @ weight`` as one matmul of matrices, in the dtype of ``x``."""
-    flat = x.reshape(-1, x.shape[-1]) @ weight.astype(x.dtype)
-    return flat.reshape(*x.shape[:-1], weight.shape[-1])
-
-
-def _layer_norm(x: Array, weights: Params, eps: float = 1e-5) -> Array:
-    exact = x.astype(_accumulate(x.dtype))
-    centred = exact - exact.mean(-1, keepdims=True)
-    scale = jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + eps)
-    gain, bias = (
-        weights[name].astype(exact.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
-        for name in ("scale", "bias")
-    )
-    return (centred * scale * gain + bias).astype(x.dtype)
-
-
-def _gelu(x: Array, kind: str) -> Array:
-    return jax.nn.gelu(x, approximate=kind == "tanh")
-
-
-def _dropout(x: Array, rate: float, key: Key) -> Array:
-    if key is None or rate == 0:
-        return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), 0)
+        x = blocks.dropout(x, config.dropout, first)
+    allowed = blocks.visible(config.causal, mask, time)
+    x = blocks.over_layers(config, blocks.pre_norm, allowed, x, [params["blocks"]], rest)
+    return blocks.layer_norm(x, params["ln_f"], config.eps).reshape(*lead, time, width)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jmeta.models import transformer
+from jmeta.models import blocks, transformer
 
 hidden, logits, pooled, next_token_loss, init = (
     jax.jit(f, static_argnums=0)
@@ -118,7 +118,7 @@ def test_fused_attention_is_the_same_function(causal):
 def test_gelu_is_the_one_named(gelu):
     x = jnp.linspace(-4.0, 4.0, 33)
     exact = np.array([0.5 * v * (1 + math.erf(v / 2**0.5)) for v in np.asarray(x)])
-    error = np.abs(np.asarray(transformer._gelu(x, gelu)) - exact).max()
+    error = np.abs(np.asarray(blocks.gelu(x, gelu)) - exact).max()
     assert error < 1e-6 if gelu == "exact" else 1e-5 < error < 1e-3
 
 
@@ -219,7 +219,7 @@ def test_dropout_follows_the_key():
     assert (run(jax.random.key(1)) == run(jax.random.key(1))).all()
     assert jnp.abs(run(jax.random.key(1)) - run(jax.random.key(2))).max() > 0.1
     # Inverted dropout: what is kept is scaled so that the mean stays.
-    dropped = transformer._dropout(jnp.ones((200, 200)), 0.25, jax.random.key(0))
+    dropped = blocks.dropout(jnp.ones((200, 200)), 0.25, jax.random.key(0))
     np.testing.assert_allclose(np.unique(dropped), [0, 4 / 3], rtol=1e-6)
     assert abs(dropped.mean() - 1) < 0.01
 
