@@ -1,0 +1,1 @@
+"""Experiments on TPU VMs, Slurm, Kubernetes, SkyPilot: `python -m experiments.launch`."""

@@ -1,0 +1,340 @@
+"""TPU VMs: the configuration, and every command line that `gcloud` gets.
+
+Flags as in the reference of `gcloud compute tpus tpu-vm` and `queued-resources`.
+"""
+
+import dataclasses
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from jmeta.runtime.launch import code
+from jmeta.runtime.launch.inputs import (
+    check_command,
+    check_name,
+    check_path,
+    check_word,
+    environment,
+    exports,
+)
+from jmeta.runtime.launch.steps import LaunchError, Section, Step, Write
+
+# cloud.google.com/tpu/docs/runtimes: the software version for JAX of each generation.
+_VERSIONS = (
+    (r"v6e-\d+", "v2-alpha-tpuv6e"),
+    (r"v5p-\d+", "v2-alpha-tpuv5"),
+    (r"v5litepod-\d+", "v2-alpha-tpuv5-lite"),
+    (r"v[234]-\d+", "tpu-ubuntu2204-base"),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TpuVmPlace:
+    """A TPU VM that is there: enough to follow, fetch or delete a run."""
+
+    name: str
+    """Of the TPU VM; the run's files are in ~/jmeta-NAME on it."""
+    zone: str
+    """Zone, such as us-west4-a."""
+    project: str | None = None
+    """Google Cloud project; by default that of gcloud."""
+    out: Path | None = None
+    """Where the run directory comes back to; by default runs/NAME."""
+    queued: bool = False
+    """Whether the VM belongs to a queued resource (of the same name)."""
+    internal_ip: bool = False
+    """Connect to internal addresses, from a machine in the same network."""
+    poll: float = 15.0
+    """Seconds between two looks at the VM and the run."""
+    ssh_attempts: int = 5
+    """How often a connection is tried before it counts as refused."""
+    dry_run: bool = False
+    """Print every command, run none."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TpuVm(TpuVmPlace):
+    """Run an experiment on a TPU VM, which is created if it is not there."""
+
+    type: str
+    """Accelerator type, such as v5litepod-16."""
+    version: str | None = None
+    """TPU software version; by default the one for JAX on this type."""
+    spot: bool = False
+    """A spot VM: cheaper, and preempted when someone else needs it."""
+    wait: float = 3600.0
+    """Seconds until the VM must be ready; a queued one may need days."""
+    restarts: int = 10
+    """How often the run is taken up again after a preemption."""
+    delete: Literal["always", "success", "never"] = "always"
+    """When to delete a VM that this launch created: at the end, only after success, never."""
+    sync: float = 300.0
+    """Seconds between two copies of the run directory; what a preemption can cost."""
+    detach: bool = False
+    """Leave as soon as the run has begun; `follow` comes back to it."""
+    resume: bool = False
+    """Go on from the run directory in --out."""
+    revision: str | None = None
+    """Commit whose files are shipped; by default HEAD, if nothing differs from it."""
+    env: tuple[str, ...] = ()
+    """NAME=VALUE variables of the run; no secrets."""
+    env_file: Path | None = None
+    """File of NAME=VALUE lines for secrets; shipped, never shown."""
+
+
+class Commands(NamedTuple):
+    """Every step of a TPU VM's life.
+
+    Attributes:
+      describe: the VM.
+      create, delete: the VM, or the queued resource that brings it; no create for a `TpuVmPlace`.
+      queue: describes the queued resource; None without one.
+      stage: what is made here before anything is shipped.
+      prepare, ship, install: files and packages on all workers.
+      restore: ships the run directory, on all workers.
+      start, resume: the command, detached, on all workers.
+      status: one line for each worker.
+      pack, bring, place: the run directory of worker 0, to here.
+      logs: each worker's whole log.
+      stop: ends the command on all workers.
+    """
+
+    describe: Step
+    queue: Step | None
+    create: Step | None
+    delete: Step
+    stage: tuple[Step | Write, ...]
+    prepare: Step
+    ship: Step
+    install: Step
+    restore: tuple[Step, ...]
+    start: Step
+    resume: Step
+    status: Step
+    pack: Step
+    bring: Step
+    place: tuple[Step, ...]
+    logs: Step
+    stop: Step
+
+
+def out_of(config: TpuVmPlace) -> Path:
+    """Where the run directory comes back to."""
+    return config.out or Path("runs") / config.name
+
+
+def place_of(config: TpuVmPlace) -> TpuVm:
+    """A place as the configuration of a launch, for the commands that need no more."""
+    return TpuVm(type="", version="", **dataclasses.asdict(config))
+
+
+def log(config: TpuVmPlace, offset: int) -> Step:
+    """The step that shows worker 0's log from a byte on."""
+    return _ssh(config, "0", f"log {offset}")
+
+
+def commands(
+    config: TpuVm, command: Sequence[str], template: str
+) -> tuple[Commands, dict[str, str]]:
+    """Check a configuration and write out its commands.
+
+    Args:
+      config: the launch.
+      command: module and arguments; empty for a place whose run has begun already.
+      template: the script that runs on each worker.
+
+    Returns:
+      The commands, and the secrets that nothing may show.
+
+    Raises:
+      LaunchError: a value cannot be used.
+    """
+    check_name(config.name)
+    check_word(config.zone, "--zone", "a-z0-9-")
+    if config.project is not None:
+        check_word(config.project, "--project", "a-z0-9.:-")
+    given = environment(config.env, config.env_file)
+    if config.type:
+        command = check_command(command, given.secrets)
+    stage, remote = code.staging(check_path(out_of(config))), folder(config)
+    run = "run.tar.gz"
+    arguments = shlex.join([*command, "--out", "../run"])
+    variables = exports({**given.public, **given.private})
+    files = [stage / "code.tar.gz", stage / "worker.sh", stage / "env.sh"]
+    found = Commands(
+        describe=_gcloud(config, "tpu-vm", "describe", config.name, "--format=json"),
+        queue=_gcloud(config, "queued-resources", "describe", config.name, "--format=json")
+        if config.queued
+        else None,
+        create=_create(config) if config.type else None,
+        delete=_delete(config),
+        stage=(
+            Step(("mkdir", "-p", stage.as_posix())),
+            Write(stage / "worker.sh", template),
+            Write(stage / "env.sh", variables, tuple(given.private)),
+            code.archive(config.revision, stage / "code.tar.gz"),
+        ),
+        # The folder is private: the file of variables arrives before its mode is set.
+        prepare=_gcloud(
+            config, "tpu-vm", "ssh", config.name, "--worker=all",
+            f"--command=mkdir -p {remote} && chmod 700 {remote}", *_route(config),
+        ),
+        ship=_scp(config, "all", [*map(Path.as_posix, files)], f"{config.name}:{remote}/"),
+        install=_ssh(config, "all", "install", timeout=3600.0),
+        restore=(
+            _scp(config, "all", [(stage / run).as_posix()], f"{config.name}:{remote}/"),
+            _ssh(config, "all", "unpack"),
+        ),
+        start=_ssh(config, "all", f"start {arguments}"),
+        resume=_ssh(config, "all", f"start {arguments} --resume"),
+        status=_ssh(config, "all", "status", timeout=120.0),
+        pack=_ssh(config, "0", "pack"),
+        bring=_scp(config, "0", [f"{config.name}:{remote}/{run}"], f"{stage.as_posix()}/"),
+        place=code.unpack(stage / run, out_of(config)),
+        logs=_gcloud(
+            config, "tpu-vm", "ssh", config.name, "--worker=all",
+            f"--command=bash {remote}/worker.sh log 0",
+            f"--output-directory={(stage / 'logs').as_posix()}", *_route(config),
+        ),
+        stop=_ssh(config, "all", "stop", timeout=120.0),
+    )  # fmt: skip
+    return found, given.secrets
+
+
+def plan(config: TpuVm, command: Sequence[str], template: str) -> list[Section]:
+    """The whole life of a launch, in order, for `--dry-run`.
+
+    Example:
+      >>> sections = plan(TpuVm(name="n", zone="us-west4-a", type="v5litepod-16"),
+      ...                 ["experiments.sinusoid"], "# worker.sh")
+      >>> sections[1].heading, len(sections[1].steps)
+      ('if it is not there: create it', 1)
+    """
+    c, _ = commands(config, command, template)
+    beat, stage = f"every {config.poll:g} s", code.staging(out_of(config))
+    packing = (code.pack(out_of(config), stage / "run.tar.gz"),) if config.resume else ()
+    begin = (*c.restore, c.resume) if config.resume else (c.start,)
+    assert c.create is not None
+    sections = [
+        Section("is the VM there?", (c.describe,)),
+        Section("if it is not there: create it", (c.create,)),
+        Section(f"{beat} until the queued resource is ACTIVE", (c.queue,)) if c.queue else None,
+        Section(f"{beat} until it is READY, at most {config.wait:g} s", (c.describe,)),
+        Section("ship the code and install it, on all workers",
+                (*c.stage, *packing, c.prepare, c.ship, c.install)),
+        Section("start the command on all workers, detached", begin),
+        None if config.detach else Section(
+            f"{beat} until all workers have ended: the state, each worker, what is new in the log",
+            (c.describe, c.status, log(config, 0)),
+        ),
+        None if config.detach else Section(
+            f"every {config.sync:g} s, and at the end: the run directory of worker 0",
+            (c.pack, c.bring, *c.place),
+        ),
+        None if config.detach else Section(
+            "at the end: each worker's log", (Step(("mkdir", "-p", (stage / "logs").as_posix())),
+                                              c.logs)
+        ),
+        None if config.detach or not config.restarts else Section(
+            f"after a preemption, at most {config.restarts} times: delete, create, ship and "
+            "install as above, then",
+            (c.delete, *c.restore, c.resume),
+        ),
+        _ending(config, c),
+    ]  # fmt: skip
+    return [section for section in sections if section is not None]
+
+
+def plan_verb(verb: str, place: TpuVm, template: str) -> list[Section]:
+    """What follow, fetch and delete do, in order, for `--dry-run`."""
+    c, _ = commands(place, (), template)
+    stage = code.staging(out_of(place))
+    watch = Section(
+        f"every {place.poll:g} s until all workers have ended",
+        (c.describe, c.status, log(place, 0)),
+    )
+    bring = Section(
+        "the run directory of worker 0, and each worker's log",
+        (Step(("mkdir", "-p", (stage / "logs").as_posix())), c.pack, c.bring, *c.place, c.logs),
+    )
+    return {
+        "follow": [watch, bring],
+        "fetch": [bring],
+        "delete": [Section("delete it", (c.delete,))],
+    }[verb]
+
+
+def _ending(config: TpuVm, c: Commands) -> Section | None:
+    if config.detach or config.delete == "never":
+        return None
+    when = {"always": "at the end, however it comes", "success": "after success"}[config.delete]
+    return Section(f"{when}, unless the VM was there before", (c.delete,))
+
+
+def folder(config: TpuVmPlace) -> str:
+    """The run's folder on each worker, below the home directory."""
+    return f"jmeta-{config.name}"
+
+
+def _create(config: TpuVm) -> Step:
+    kind = check_word(config.type, "--type", "a-z0-9-")
+    version = config.version or _version(kind)
+    check_word(version, "--version", "A-Za-z0-9._-")
+    spot = ("--spot",) if config.spot else ()
+    if config.queued:
+        return _gcloud(
+            config, "queued-resources", "create", config.name, f"--node-id={config.name}",
+            f"--accelerator-type={kind}", f"--runtime-version={version}", *spot,
+        )  # fmt: skip
+    return _gcloud(
+        config, "tpu-vm", "create", config.name, f"--accelerator-type={kind}",
+        f"--version={version}", *spot, timeout=max(config.wait, 600.0),
+    )  # fmt: skip
+
+
+def _version(kind: str) -> str:
+    for pattern, version in _VERSIONS:
+        if re.fullmatch(pattern, kind):
+            return version
+    raise LaunchError(
+        f"--type {kind} is none whose software version is known here (v2 to v4, v5litepod, v5p, "
+        "v6e, each with -N): name it with --version"
+    )
+
+
+def _delete(config: TpuVmPlace) -> Step:
+    if config.queued:
+        return _gcloud(config, "queued-resources", "delete", config.name, "--force", timeout=1800.0)
+    return _gcloud(config, "tpu-vm", "delete", config.name, timeout=1800.0)
+
+
+def _route(config: TpuVmPlace) -> tuple[str, ...]:
+    return ("--internal-ip",) if config.internal_ip else ()
+
+
+def _ssh(config: TpuVmPlace, worker: str, task: str, timeout: float = 600.0) -> Step:
+    line = f"bash {folder(config)}/worker.sh {task}"
+    return _gcloud(
+        config, "tpu-vm", "ssh", config.name, f"--worker={worker}", f"--command={line}",
+        *_route(config), timeout=timeout,
+    )  # fmt: skip
+
+
+def _scp(config: TpuVmPlace, worker: str, files: Sequence[str], target: str) -> Step:
+    return _gcloud(
+        config, "tpu-vm", "scp", *files, target, f"--worker={worker}", *_route(config),
+        timeout=3600.0,
+    )  # fmt: skip
+
+
+def _gcloud(
+    config: TpuVmPlace, group: str, verb: str, *arguments: str, timeout: float = 600.0
+) -> Step:
+    project = () if config.project is None else (f"--project={config.project}",)
+    return Step(
+        ("gcloud", "compute", "tpus", group, verb, *arguments, f"--zone={config.zone}", *project,
+         "--quiet"),
+        timeout,
+    )  # fmt: skip

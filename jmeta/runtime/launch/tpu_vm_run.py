@@ -1,0 +1,384 @@
+"""A launch on a TPU VM, carried out: obtain, ship, start, follow, bring back, restart, delete.
+
+Whatever happens, what this launch created is deleted, unless its user said otherwise.
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+from jmeta.files import write_atomically
+from jmeta.runtime.launch import code, steps, tpu_vm
+from jmeta.runtime.launch.inputs import private, redactor
+from jmeta.runtime.launch.steps import CommandError, LaunchError, Say, Step, Write
+from jmeta.runtime.launch.tpu_vm import Commands, TpuVm
+
+_GONE = ("PREEMPTED", "TERMINATED")
+_STOPPED = ("STOPPING", "STOPPED", "DELETING", "HIDING", "HIDDEN")
+_QUEUE_FAILED = ("FAILED", "SUSPENDING", "SUSPENDED", "DELETING")
+_DELETE_ATTEMPTS = 3
+
+
+class Preempted(LaunchError):
+    """The VM was taken away."""
+
+
+class AlreadyThere(LaunchError):
+    """Somebody else created a VM of this name in the meantime: it is not ours to delete."""
+
+
+class Host(NamedTuple):
+    """What every part of a launch needs.
+
+    Attributes:
+      config: the launch.
+      commands: its steps.
+      run: runs a step; what it reports holds no secret.
+      say: tells the user something, redacted.
+      show: prints text of the run as it is, redacted.
+      redact: blots secrets out of a text.
+    """
+
+    config: TpuVm
+    commands: Commands
+    run: Callable[[Step], str]
+    say: Say
+    show: Say
+    redact: Callable[[str], str]
+
+
+def host(config: TpuVm, command: Sequence[str], template: str, say: Say, show: Say) -> Host:
+    """Check a configuration and bind its commands to the functions that run and report."""
+    found, secrets = tpu_vm.commands(config, command, template)
+    redact = redactor(secrets)
+    return Host(
+        config,
+        found,
+        lambda step: steps.run(step, redact),
+        lambda text: say(redact(text)),
+        lambda text: show(redact(text)),
+        redact,
+    )
+
+
+def launch(h: Host) -> None:
+    """Run a command on a TPU VM to its end, through preemptions.
+
+    Args:
+      h: what `host` gave.
+
+    Raises:
+      LaunchError: it did not succeed. What was created is deleted by then, or the message says so.
+      Interrupted: the user ended it; the same holds.
+    """
+    config, out = h.config, tpu_vm.out_of(h.config)
+    code.check_checkout(config.revision)
+    code.check_out(out, config.resume)
+    stage = code.staging(out)
+    created = begun = success = False
+    with private(stage / "env.sh"), steps.interrupts(h.say) as hold:
+        try:
+            for step in h.commands.stage:
+                steps.write(step) if isinstance(step, Write) else h.run(step)
+            if config.resume:
+                h.run(code.pack(out, stage / "run.tar.gz"))
+            else:
+                (stage / "run.tar.gz").unlink(missing_ok=True)
+            missing = not _find(h)
+            for attempt in range(config.restarts + 1):
+                try:
+                    if missing:
+                        created = True
+                        _create(h, patient=attempt > 0)
+                    _wait_until_ready(h)
+                    _ship(h, config.resume or attempt > 0)
+                    begun = True
+                    _remote(h, h.commands.resume if config.resume or attempt else h.commands.start)
+                    h.say("the run has begun")
+                    if not config.detach:
+                        _follow(h)
+                    break
+                except Preempted:
+                    if attempt == config.restarts:
+                        raise
+                    h.say(f"{config.name} was preempted: restart {attempt + 1}/{config.restarts}")
+                    _delete(h)
+                    missing = True
+            success = True
+        except AlreadyThere:
+            created = False
+            raise
+        finally:
+            hold()
+            if not (success and config.detach):
+                _finish(h, begun, created, success)
+
+
+def follow(h: Host) -> None:
+    """Follow a run that has begun, and bring it back. Interrupting this leaves the run alone."""
+    with steps.interrupts(h.say):
+        if _state(h) is None:
+            raise LaunchError(f"there is no TPU VM {h.config.name} in {h.config.zone}")
+        _follow(h)
+        fetch(h)
+
+
+def fetch(h: Host) -> None:
+    """Bring back the run directory of worker 0, and every worker's log."""
+    stage = code.staging(tpu_vm.out_of(h.config))
+    (stage / "logs").mkdir(parents=True, exist_ok=True)
+    _bring(h)
+    h.run(h.commands.logs)
+    for file in (stage / "logs").glob("*.log"):
+        text = file.read_text(encoding="utf-8", errors="replace")
+        write_atomically(file, h.redact(text))
+    h.say(f"the run is in {tpu_vm.out_of(h.config)}, its workers' logs are in {stage / 'logs'}")
+
+
+def delete(h: Host) -> None:
+    """Delete the VM, or the queued resource it belongs to."""
+    with steps.interrupts(h.say) as hold:
+        hold()
+        _delete(h)
+
+
+def _finish(h: Host, begun: bool, created: bool, success: bool) -> None:
+    config = h.config
+    if begun:
+        if not success:  # asked to end, a run saves a checkpoint, and that is brought back
+            with contextlib.suppress(LaunchError):
+                h.run(h.commands.stop)
+        try:
+            fetch(h)
+        except LaunchError as error:
+            if success:
+                h.say(f"the VM is kept: its run could not be brought back ({error})")
+                raise
+            h.say(f"nothing newer was brought back ({error})")
+    if created and (config.delete == "always" or (config.delete == "success" and success)):
+        _delete(h)
+    elif created:
+        h.say(f"{config.name} is kept, and costs; to delete it: {_line(h.commands.delete)}")
+
+
+def _line(step: Step) -> str:
+    return steps.render([steps.Section("", (step,))]).splitlines()[-1]
+
+
+def _described(h: Host, step: Step) -> dict[str, Any] | None:
+    """What gcloud says of a resource; None if it is not there."""
+    try:
+        return json.loads(h.run(step))
+    except CommandError as error:
+        if "NOT_FOUND" in error.stderr:
+            return None
+        raise LaunchError(_why(h.config, error)) from error
+    except json.JSONDecodeError as error:
+        raise LaunchError(f"{steps.doing(step)} gave something other than JSON") from error
+
+
+def _state(h: Host) -> str | None:
+    described = _described(h, h.commands.describe)
+    return None if described is None else str(described.get("state", "UNKNOWN"))
+
+
+def _find(h: Host) -> bool:
+    """Whether the VM, or the request for it, is there; the remains of a preempted one are not."""
+    state = _state(h)
+    if h.commands.queue is not None and state is None:
+        state = _queue_state(h)
+    if state in (*_GONE, *_QUEUE_FAILED):
+        h.say(f"{h.config.name} is there, but {state}")
+        _delete(h)
+        return False
+    return state is not None
+
+
+def _create(h: Host, patient: bool) -> None:
+    """Create the VM.
+
+    Args:
+      h: the launch.
+      patient: keep trying while there is no capacity: after a preemption there often is none.
+    """
+    config = h.config
+    assert h.commands.create is not None
+    h.say(f"creating {config.name} ({config.type}, {config.zone})")
+    for gone in steps.every(config.poll, config.wait):
+        try:
+            h.run(h.commands.create)
+            return
+        except CommandError as error:
+            if "ALREADY_EXISTS" in error.stderr:
+                raise AlreadyThere(f"somebody else just created {config.name}") from error
+            reason = _why(config, error)
+            if not (patient and "no capacity" in reason) or gone >= config.wait:
+                raise LaunchError(reason) from error
+
+
+def _wait_until_ready(h: Host) -> None:
+    deadline = time.monotonic() + h.config.wait
+    if h.commands.queue is not None:
+        _wait(h, deadline, lambda: _queue_state(h), "ACTIVE", _QUEUE_FAILED)
+    _wait(h, deadline, lambda: _state(h), "READY", _STOPPED)
+
+
+def _wait(
+    h: Host, deadline: float, look: Callable[[], str | None], wanted: str, bad: tuple[str, ...]
+) -> None:
+    state = None
+    for _ in steps.every(h.config.poll, deadline - time.monotonic()):
+        state = look()
+        if state == wanted:
+            return
+        if state in _GONE:
+            raise Preempted(f"{h.config.name} was preempted before it was ready")
+        if state in bad:
+            raise LaunchError(f"{h.config.name} is {state}, and will not become {wanted}")
+    raise LaunchError(
+        f"{h.config.name} was not {wanted} after {h.config.wait:g} s, but {state or 'not there'}: "
+        "allow more with --wait, or try another zone"
+    )
+
+
+def _queue_state(h: Host) -> str | None:
+    assert h.commands.queue is not None
+    described = _described(h, h.commands.queue)
+    return None if described is None else str(described.get("state", {}).get("state", "UNKNOWN"))
+
+
+def _why(config: TpuVm, error: CommandError) -> str:
+    """What a failed creation means to its user."""
+    text = error.stderr.lower()
+    what = f"{config.type} in {config.zone}"
+    if "quota" in text:
+        return f"the quota for {what} is used up: ask for more, or choose another type or zone"
+    if any(words in text for words in ("no more capacity", "stockout", "insufficient")):
+        return f"there is no capacity for {what} now: try --queued, another zone, or later"
+    if "active account" in text or "reauthentication" in text:
+        return "gcloud is not logged in: run gcloud auth login"
+    if "permission" in text:
+        return f"this account may not create {what}: {steps.last_line(error.stderr)}"
+    return str(error)
+
+
+def _ship(h: Host, resume: bool) -> None:
+    c = h.commands
+    h.say(f"shipping the code to {h.config.name}")
+    _remote(h, c.prepare)
+    _remote(h, c.ship)
+    h.say("installing it")
+    _remote(h, c.install)
+    if resume and (code.staging(tpu_vm.out_of(h.config)) / "run.tar.gz").exists():
+        for step in c.restore:
+            _remote(h, step)
+
+
+def _remote(h: Host, step: Step) -> str:
+    """Run a step on the VM: connections are retried; a VM that is gone is `Preempted`."""
+    for attempt in range(1, h.config.ssh_attempts + 1):
+        try:
+            return h.run(step)
+        except CommandError as error:
+            _check_there(h)
+            if not _is_connection(error):
+                raise
+            if attempt < h.config.ssh_attempts:
+                time.sleep(h.config.poll)
+    raise LaunchError(
+        f"{h.config.name} refuses connections ({h.config.ssh_attempts} attempts): see that "
+        "ssh-add holds your key and that the firewall allows port 22"
+    )
+
+
+def _is_connection(error: CommandError) -> bool:
+    signs = ("return code [255]", "connection refused", "connection timed out", "connection reset")
+    return error.status == 255 or any(sign in error.stderr.lower() for sign in signs)
+
+
+def _check_there(h: Host) -> str:
+    state = _state(h)
+    if state in _GONE or (state is None and h.config.spot):
+        raise Preempted(f"{h.config.name} was preempted, more often than --restarts allows")
+    if state is None or state in _STOPPED:
+        raise LaunchError(f"{h.config.name} is {state or 'gone'}: somebody stopped or deleted it")
+    return state
+
+
+def _follow(h: Host) -> None:
+    """Show the log and copy the run until every worker has ended.
+
+    Raises:
+      Preempted: the VM was taken away.
+      LaunchError: a worker failed.
+    """
+    offset, copied = 0, time.monotonic()
+    for _ in steps.every(h.config.poll):
+        _check_there(h)
+        states = _workers(_remote(h, h.commands.status))
+        ended = bool(states) and all(state == "exited 0" for _, state in states)
+        failed = [(name, state) for name, state in states if state not in ("running", "exited 0")]
+        offset = _show_log(h, offset, last=ended or bool(failed))
+        if failed:
+            _fail(h, *failed[0])
+        if ended:
+            return
+        if time.monotonic() - copied >= h.config.sync:
+            try:
+                _bring(h)
+            except LaunchError as error:
+                h.say(f"the run was not copied this time ({error})")
+            copied = time.monotonic()
+
+
+def _workers(text: str) -> list[tuple[str, str]]:
+    rows = [line.split(maxsplit=2) for line in text.splitlines()]
+    return [(row[1], row[2]) for row in rows if len(row) == 3 and row[0] == "worker"]
+
+
+def _show_log(h: Host, offset: int, last: bool) -> int:
+    text = steps.whole_lines(_remote(h, tpu_vm.log(h.config, offset)), last)
+    if text:
+        h.show(steps.readable(text))
+    return offset + len(text.encode(errors="surrogateescape"))
+
+
+def _fail(h: Host, worker: str, state: str) -> NoReturn:
+    # Processes of a VM that is being taken away end first, and its state changes after.
+    time.sleep(h.config.poll)
+    _check_there(h)
+    stage = code.staging(tpu_vm.out_of(h.config))
+    if state.startswith("exited"):
+        status = state.removeprefix("exited").strip()
+        raise LaunchError(
+            f"the command failed on worker {worker} with exit status {status}: see {stage / 'logs'}"
+        )
+    raise LaunchError(
+        f"the command vanished from worker {worker} ({state}): the machine was rebooted or out of "
+        "memory; go on with --resume"
+    )
+
+
+def _bring(h: Host) -> None:
+    for step in (h.commands.pack, h.commands.bring):
+        _remote(h, step)
+    for step in h.commands.place:
+        h.run(step)
+
+
+def _delete(h: Host) -> None:
+    h.say(f"deleting {h.config.name}")
+    for attempt in range(_DELETE_ATTEMPTS):
+        try:
+            h.run(h.commands.delete)
+            return
+        except LaunchError as error:
+            if isinstance(error, CommandError) and "NOT_FOUND" in error.stderr:
+                return
+            if attempt < _DELETE_ATTEMPTS - 1:
+                time.sleep(h.config.poll)
+    raise LaunchError(
+        f"{h.config.name} could not be deleted and may cost money: run {_line(h.commands.delete)}"
+    )
