@@ -88,15 +88,19 @@ def over_tasks(
         def accumulated(*tasks: PyTree):
             if together == own:
                 return several(*tasks)
-            parts = jax.tree.map(lambda x: x.reshape(-1, together, *x.shape[1:]), tasks)
+            if together == 1:  # without a mapped axis of length one, for which XLA copies the data
+                step, parts, cut = one, tasks, 1
+            else:
+                step, cut = several, 2
+                parts = jax.tree.map(lambda x: x.reshape(-1, together, *x.shape[1:]), tasks)
 
             def add(total: PyTree, part):
-                grads, state, info = several(*part)
-                return jax.tree.map(jnp.add, total, grads), (state, info)
+                grads, state, info = step(*part)
+                return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads), (state, info)
 
             zeros = jax.tree.map(lambda m: jnp.zeros_like(m, wide(m)), meta)
-            total, (state, info) = jax.lax.scan(add, zeros, parts)
-            return total, *jax.tree.map(lambda x: x.reshape(own, *x.shape[2:]), (state, info))
+            total, rest = jax.lax.scan(add, zeros, parts)
+            return total, *jax.tree.map(lambda x: x.reshape(own, *x.shape[cut:]), rest)
 
         tasks_of = (_like_tasks(jnp.arange(count), episodes), state, episodes)
         if shards == 1:
