@@ -71,7 +71,7 @@ def from_datasets(
         DataUnavailable: the data set is not to be had, or the file is damaged.
         ValueError: there is no such split or column, or no row.
     """
-    path = _local(name_or_path)
+    path = local_path(name_or_path)
     if path is None:
         return _select(_from_hub(os.fspath(name_or_path), split, config), columns, name_or_path)
     if path.is_dir():
@@ -141,8 +141,18 @@ def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0][:120]}" if text else type(error).__name__
 
 
-def _local(name: str | os.PathLike[str]) -> Path | None:
-    """The local file or folder a name stands for; None if it must be a name on the hub."""
+def local_path(name: str | os.PathLike[str]) -> Path | None:
+    """The local file or folder a name stands for; None if it must be a name on the hub.
+
+    Args:
+        name: a path, a path inside ``$JMETA_DATA``, or a name on the hub.
+
+    Returns:
+        The path that exists, or None.
+
+    Raises:
+        DataUnavailable: the name can only be a path, and nothing is there.
+    """
     path = Path(name).expanduser()
     if path.exists():
         return path

@@ -15,18 +15,25 @@ if TYPE_CHECKING:
 
 SPECIAL_TOKENS = ("<|pad|>", "<|mask|>", "<|name|>", "<|cls|>", "<|sep|>")
 PAD, MASK, NAME, CLS, SEP = range(5)
-SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 
 
-def train_bpe(texts: Iterable[str], vocab: int) -> Tokenizer:
+def train_bpe(
+    texts: Iterable[str],
+    vocab: int,
+    *,
+    special: Sequence[str] = SPECIAL_TOKENS,
+    prefix_space: bool = False,
+) -> Tokenizer:
     """Train a byte-level BPE: any text can be encoded, and decoding gives it back exactly.
 
     Args:
         texts: the training texts.
         vocab: size of the vocabulary, special tokens and the 256 bytes included.
+        special: the special tokens, whose ids are 0, 1, ...
+        prefix_space: read every text as if a space stood before it.
 
     Returns:
-        A ``tokenizers.Tokenizer``; ids 0..4 are pad, mask, name, cls and sep.
+        A ``tokenizers.Tokenizer``; by default ids 0..4 are pad, mask, name, cls and sep.
 
     Raises:
         ValueError: the vocabulary cannot hold the bytes.
@@ -36,17 +43,18 @@ def train_bpe(texts: Iterable[str], vocab: int) -> Tokenizer:
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    if vocab < SMALLEST_VOCABULARY:
+    smallest = 256 + len(special)
+    if vocab < smallest:
         raise ValueError(
-            f"a byte-level vocabulary needs at least {SMALLEST_VOCABULARY} entries "
-            f"(256 bytes and {len(SPECIAL_TOKENS)} special tokens), not {vocab}"
+            f"a byte-level vocabulary needs at least {smallest} entries "
+            f"(256 bytes and {len(special)} special tokens), not {vocab}"
         )
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)  # type: ignore[assignment]
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,  # type: ignore[call-arg]
-        special_tokens=list(SPECIAL_TOKENS),  # type: ignore[call-arg]
+        special_tokens=list(special),  # type: ignore[call-arg]
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # type: ignore[call-arg]
         show_progress=False,  # type: ignore[call-arg]
     )

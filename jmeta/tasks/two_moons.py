@@ -12,12 +12,15 @@ import numpy as np
 
 from jmeta.core.types import Episode
 from jmeta.tasks.episodes import Range, Sample, episodes, few_shot, task_generator
+from jmeta.tasks.text import HIDDEN, Example, TextTask
+from jmeta.tasks.tokenizer import Unified, train_unified, unified
 
 GRID = 64
 GROUP = 16
 TEST = slice(513_000, 514_000)
 TRAIN_SEQUENCES = slice(0, 512_000)
 VALIDATION_SEQUENCES = slice(600_000, 616_000)
+WHICH_MOON = TextTask("Which_MOON", 2, ("0", "1"), ("sep", "cls"))
 
 
 def moons(n: int, *, seed: int, noise: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
@@ -127,6 +130,42 @@ def which_moon(n: int, *, validation: bool = False) -> tuple[np.ndarray, np.ndar
     """
     points, labels = moons(n, seed=44 if validation else 43)
     return to_grid(points), labels
+
+
+def as_text(numbers: np.ndarray) -> list[str]:
+    """Write rows of numbers, cells or sequences, as text: ``"x y"`` or ``"x y x y ..."``.
+
+    Example:
+        >>> as_text(np.array([[3, 41]]))
+        ['3 41']
+    """
+    return [" ".join(map(str, row)) for row in np.asarray(numbers).tolist()]
+
+
+def moon_vocabulary() -> Unified:
+    """A byte-level BPE of at most 512 entries in which each number 0..63 is one token.
+
+    Example:
+        >>> len(moon_vocabulary().tokenizer.encode("3 41").ids)
+        2
+    """
+    numbers = " ".join(map(str, range(GRID)))
+    return unified(train_unified([numbers], 512, prefix_space=True))
+
+
+def moon_examples(cells: np.ndarray, labels: np.ndarray | None = None) -> list[Example]:
+    """The labelled task in the unified format: ``[CLS2] x y [SEP]``.
+
+    Args:
+        cells: int ``[n, 2]``.
+        labels: int ``[n]``; None where they are not known, as for every cell of the plane.
+
+    Returns:
+        The examples, for ``text.encode(WHICH_MOON, ...)``.
+    """
+    known = np.full(len(cells), HIDDEN) if labels is None else np.asarray(labels)
+    pairs = zip(as_text(cells), known.tolist(), strict=True)
+    return [Example(a, label=label, idx=i) for i, (a, label) in enumerate(pairs)]
 
 
 def moon_episodes(*, tasks: int, shots: Range = 5, queries: int = 15, noise: float = 0.1) -> Sample:
