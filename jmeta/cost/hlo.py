@@ -32,12 +32,12 @@ _WHILE = re.compile(r"\b(condition|body)=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _LISTED = re.compile(r"replica_groups=\{\{([0-9,]+)\}")
 _IOTA = re.compile(r"replica_groups=\[([0-9,]+)\]<=")
-_MESH = re.compile(r"replica_groups=@?\w*mesh\w*\[([^\]]*)\]\s*\{([^}]*)\}")
+_MESH = re.compile(r"replica_groups=@?\w*mesh\w*\[([^\]]*)\][^{]*\{([^}]*)\}")
 _AXIS = re.compile(r"'([^']+)'=(\d+)")
 _USED = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
 _PARTITIONS = re.compile(r"\bnum_partitions=(\d+)")
 _REPLICAS = re.compile(r"\breplica_count=(\d+)")
-_PAIRS = re.compile(r"source_target_pairs=\{(.*?)\}\}?,?")
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _CONSTANT = re.compile(r"\bconstant\((-?\d+)\)")
 
 
@@ -169,6 +169,7 @@ def _closing(text: str) -> int:
 def _walk(
     bodies: dict[str, list[_Instruction]], name: str, everyone: int, times: int, looped: bool
 ) -> Iterator[Collective]:
+    begun: set[str] = set()
     for instruction in bodies.get(name, ()):
         kind = instruction.opcode.removesuffix("-start")
         if kind in KINDS:
@@ -179,6 +180,10 @@ def _walk(
             yield from _walk(bodies, parts["body"], everyone, times * trips, True)
         else:
             for called in _called(instruction):
+                channels = {c for i in bodies.get(called, ()) for c in _CHANNEL.findall(i.rest)}
+                if instruction.opcode == "fusion" and channels and channels <= begun:
+                    continue  # a TPU fusion that carries on, or ends, what another has begun
+                begun |= channels
                 inside = _walk(bodies, called, everyone, times, looped)
                 if instruction.opcode == "fusion" and "all-reduce-scatter" in called:
                     # The TPU's reduce-scatter: a fusion that keeps a slice of an all-reduce.

@@ -31,6 +31,7 @@ from jmeta.cost.shapes import Setting
 EXACT = ("mixed_mode", "mixed_mode nested", "unrolled", "unrolled step")
 OUTER = {"adam": lambda: optax.adam(1e-3), "adamw": lambda: optax.adamw(1e-3),
          "sgd": lambda: optax.sgd(1e-3)}  # fmt: skip
+CHILD = ("-m", "jmeta.cost.child")
 SCALARS = 4096  # bytes: a reduction of metrics, not of gradients
 
 
@@ -214,7 +215,7 @@ def compile_row(
     from jmeta.runtime.train import meta_trainer
 
     found = machines.devices(topology)
-    usable = machines.usable_bytes(found[0]) if usable is None else usable
+    usable = machines.usable_bytes(found[0], topology) if usable is None else usable
     mesh = parallel.make_mesh(parallel.MeshConfig(**candidate.mesh), found)
     count = len(found) if candidate.tasks is None else candidate.tasks
     parts = mesh.shape["tasks"] * mesh.shape["fsdp"]
@@ -368,8 +369,11 @@ def plan_markdown(rows: Sequence[Row]) -> str:
             f"{row.seconds:.0f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    failed = [f"{row.candidate.estimator}: {row.note}" for row in rows if math.isnan(row.flops)]
     chosen = choose(rows)
-    if chosen is None:
+    if chosen is None and len(failed) == len(rows):
+        verdict = "Nothing was compiled."
+    elif chosen is None:
         verdict = (
             "Nothing fits: split the weights (fsdp, tensor), map fewer tasks together "
             "(microbatch), or adapt fewer weights."
@@ -380,7 +384,7 @@ def plan_markdown(rows: Sequence[Row]) -> str:
             f"Choose {c.estimator} on {mesh_name(c.mesh)}: {chosen.bytes / 2**30:.2f} of "
             f"{chosen.usable_bytes / 2**30:.2f} GiB on each device."
         )
-    return "\n".join([*lines, "", verdict])
+    return "\n".join([*lines, "", *failed, verdict])
 
 
 def traffic_words(found: Mapping[str, Sequence[float]]) -> str:
@@ -463,7 +467,7 @@ def in_a_child(
         asked.write_text(json.dumps(request), encoding="utf-8")
         path = os.pathsep.join(part or os.getcwd() for part in sys.path)
         ended = subprocess.run(
-            [sys.executable, "-m", "jmeta.cost.child", str(asked), str(answer)],
+            [sys.executable, *CHILD, str(asked), str(answer)],
             env=os.environ | machines.environment() | {"PYTHONPATH": path},
             capture_output=True,
             text=True,

@@ -126,11 +126,12 @@ def devices(name: str, env: Mapping[str, str] = os.environ) -> list[Any]:
     return list(found.devices)
 
 
-def usable_bytes(device: Any) -> int:
+def usable_bytes(device: Any, topology: str = "local") -> int:
     """The memory of one device that a program may use, by its compiler's or runtime's own word.
 
     Args:
         device: of ``devices``.
+        topology: that it belongs to.
 
     Returns:
         Bytes. Host devices share the machine's memory evenly.
@@ -139,7 +140,7 @@ def usable_bytes(device: Any) -> int:
         >>> usable_bytes(jax.devices("cpu")[0]) > 2**20
         True
     """
-    if device.platform == "tpu" and type(device).__name__ != "Device":
+    if topology != "local":
         return _asked_of_the_compiler(device)
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit:
