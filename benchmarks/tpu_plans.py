@@ -81,16 +81,18 @@ def cell(
 
 def cells() -> Iterator[Cell]:
     """Every program, the most wanted first."""
-    for method in ("naive", "mixed mode", "nested"):
-        yield cell("fits", "gpt2-124m", "v5e:16x16", method, WHOLE)
-    for method in ("naive", "mixed mode", "nested"):
-        yield cell("fits", "gpt2-774m", "v5e:4x4", method, {"fsdp": 4, "tensor": 4})
+    whole, split = ("gpt2-124m", "v5e:16x16"), ("gpt2-774m", "v5e:4x4")
+    for method in ("naive", "mixed mode"):
+        yield cell("fits", *whole, method, WHOLE)
+        yield cell("fits", *split, method, {"fsdp": 4, "tensor": 4})
     for name in EVERY:
         for tasks, microbatch in ((256, None), (512, 1)):
             options = {"model": "tiny", "sequences": 2, "tokens": 64, "steps": STEPS,
                        "block_remat": "full"}  # fmt: skip
             yield Cell("traffic", name, "v5e:16x16",
                        Candidate(name, WHOLE, tasks, microbatch, "adam", options))  # fmt: skip
+    yield cell("fits", *whole, "nested", WHOLE)
+    yield cell("fits", *split, "nested", {"fsdp": 4, "tensor": 4})
     models = ("gpt2-124m", "bert-base", "gpt2-355m", "bert-large", "gpt2-774m")
     for method in ("naive", "mixed mode", "nested", "remat"):
         for topology, meshes in MESHES.items():
