@@ -60,12 +60,10 @@ def shares(first: int, second: int, room: int) -> tuple[int, int]:
     """
     if first + second <= room:
         return first, second
-    half = room // 2
-    if first <= half:
-        return first, room - first
-    if second <= room - half:
-        return room - second, second
-    return half, room - half
+    if first > second:  # an odd token goes to the longer, or to the second
+        return shares(second, first, room)[::-1]
+    kept = min(first, room // 2)
+    return kept, room - kept
 
 
 def pair_windows(

@@ -1,0 +1,411 @@
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from jmeta.data.sources import DataUnavailable
+from jmeta.files import cache_dir
+from jmeta.tasks import text
+from jmeta.tasks.text import HIDDEN, Example, TextTask, batch, encode
+from jmeta.tasks.tokenizer import (
+    UNIFIED_TOKENS,
+    byte_level,
+    load_tokenizer,
+    token_ids,
+    token_pieces,
+    train_unified,
+    unified,
+    vocabulary,
+)
+
+pytestmark = pytest.mark.usefixtures("text_cache")
+
+YES_NO = TextTask("yes-no", 7, ("no", "yes"), ("sep", "cls"))
+THREE = TextTask("three", 3, ("c", "e", "n"), ("sep", "cls", "mask"))
+SPANS = TextTask("spans", 6, kind="spans")
+
+# No halves of surrogate pairs: they are no characters, and are refused (below).
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+
+
+def decoded(vocabulary, ids):
+    return vocabulary.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+# --- tokenisers ---
+
+
+def test_the_special_tokens_of_a_trained_vocabulary_are_those_of_the_format(bpe):
+    assert (bpe.pad, bpe.mask, bpe.sep) == (0, 1, 2)
+    assert bpe.cls == tuple(range(3, 33))
+    assert bpe.added == ()
+    assert bpe.ordinary.tolist() == list(range(33, bpe.size))
+    assert [bpe.tokenizer.token_to_id(token) for token in UNIFIED_TOKENS] == list(range(33))
+
+
+_OTHERS = ("[UNK]", "[CLS]", "[unused30]", "[unused31]")
+
+
+def test_bert_keeps_its_own_tokens_and_uses_the_unused(wordpiece):
+    names = {name: wordpiece.tokenizer.token_to_id(name) for name in ("[PAD]", "[MASK]", "[SEP]")}
+    assert (wordpiece.pad, wordpiece.mask, wordpiece.sep) == tuple(names.values())
+    assert wordpiece.cls[4] == wordpiece.tokenizer.token_to_id("[unused4]")
+    assert wordpiece.added == ()
+    special = {wordpiece.pad, wordpiece.mask, wordpiece.sep, *wordpiece.cls}
+    special |= {wordpiece.tokenizer.token_to_id(name) for name in _OTHERS}
+    assert not special & set(wordpiece.ordinary.tolist())
+    assert len(special) + len(wordpiece.ordinary) == wordpiece.size
+
+
+def test_what_a_tokenizer_lacks_is_added_after_its_own_ids():
+    from tokenizers import Tokenizer, models
+
+    plain = Tokenizer(models.WordLevel({"a": 0, "<pad>": 1, "</s>": 2}, unk_token="a"))
+    made = unified(plain)
+    assert (made.pad, made.sep, made.mask) == (1, 2, 3)
+    assert made.cls == tuple(range(4, 34))
+    assert made.added == ("[MASK]", *(f"[CLS{k}]" for k in range(30)))
+    assert made.size == 34
+    assert plain.get_vocab_size() == 3  # what was passed is not changed
+    assert vocabulary(plain).pad == 1
+
+
+def test_special_tokens_in_a_text_are_only_characters(bpe, wordpiece):
+    for words in (bpe, wordpiece):
+        (ids,) = token_ids(words.tokenizer, ["a [SEP] b [CLS7] [PAD] [unused7]"])
+        assert set(ids.tolist()) <= set(words.ordinary.tolist())
+
+
+def test_cutting_and_padding_of_a_saved_tokenizer_are_switched_off(wordpiece_tokenizer, tmp_path):
+    from tokenizers import Tokenizer
+
+    saved = Tokenizer.from_str(wordpiece_tokenizer.to_str())
+    saved.enable_truncation(4)
+    saved.enable_padding(length=9)
+    saved.save(str(tmp_path / "tokenizer.json"))
+    words = vocabulary(load_tokenizer(tmp_path))
+    assert [len(ids) for ids in token_ids(words.tokenizer, ["c a t " * 10, "c"])] == [30, 1]
+
+
+def test_fast_tokenizers_of_transformers_are_taken_and_others_refused(wordpiece_tokenizer):
+    class Fast:
+        backend_tokenizer = wordpiece_tokenizer
+
+    assert unified(Fast()).fingerprint == unified(wordpiece_tokenizer).fingerprint
+    with pytest.raises(TypeError, match=r"str is no tokeniser .* load_tokenizer\(path\)"):
+        unified("bert-base-uncased")
+
+
+def test_tokenizers_are_read_from_files_and_folders(tmp_path, wordpiece_tokenizer):
+    vocab = wordpiece_tokenizer.get_vocab()
+    lines = "\n".join(sorted(vocab, key=vocab.__getitem__))
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "vocab.txt").write_text(lines + "\n", encoding="utf-8")
+    lower = load_tokenizer(tmp_path / "bert")
+    assert lower.encode("Cats", add_special_tokens=False).tokens == ["cat", "##s"]
+    cased = tmp_path / "cased.txt"
+    cased.write_text(lines + "\nC\n", encoding="utf-8", newline="\r\n")
+    assert load_tokenizer(cased).encode("C", add_special_tokens=False).tokens == ["C"]
+
+    gpt = train_unified(["the cat"], 300)
+    gpt.model.save(str(tmp_path))
+    again = load_tokenizer(tmp_path)
+    assert again.encode("the cat").ids == gpt.encode("the cat").ids
+    (tmp_path / "merges.txt").unlink()
+    with pytest.raises(ValueError, match=r"not both vocab\.json and merges\.txt"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(DataUnavailable, match=r"tokeniser .* cannot be read"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_hub_name_without_network_says_what_to_do(monkeypatch):
+    monkeypatch.delenv("JMETA_DATA", raising=False)
+    with pytest.raises(
+        DataUnavailable, match=r"'bert-base-cased' .* pass the folder .* JMETA_DATA"
+    ):
+        load_tokenizer("bert-base-cased")
+
+
+def test_half_a_surrogate_pair_is_named(bpe):
+    with pytest.raises(ValueError, match=r"text 1 .* character 2 is half of a surrogate"):
+        token_ids(bpe.tokenizer, ["fine 😀", "no\ud83d"])
+
+
+def test_offsets_are_characters_of_the_text_as_given(bpe, wordpiece):
+    said = "Éa 東京 😀 e\u0301\r\nالع"
+    (pieces,) = token_pieces(bpe.tokenizer, [said])
+    covered = set().union(*(range(a, b) for a, b in zip(pieces.start, pieces.stop, strict=True)))
+    assert covered == set(range(len(said)))
+    (pieces,) = token_pieces(wordpiece.tokenizer, ["Cats, Cat"])
+    assert [("Cats, Cat")[a:b] for a, b in zip(pieces.start, pieces.stop, strict=True)] == [
+        "Cat", "s", ",", "Cat",
+    ]  # fmt: skip
+
+
+def test_published_vocabularies(jmeta_data):
+    bert = unified(load_tokenizer("vocab/bert-base-uncased"))
+    assert (bert.pad, bert.mask, bert.sep, bert.cls[:2], bert.size) == (0, 103, 102, (1, 2), 30522)
+    assert token_ids(bert.tokenizer, ["Hello, world!"])[0].tolist() == [7592, 1010, 2088, 999]
+    merges = jmeta_data / "vocab" / "gpt2" / "merges.txt"
+    gpt2 = byte_level(jmeta_data / "vocab" / "gpt2" / "vocab.json", merges)
+    plain = vocabulary(gpt2)
+    assert (plain.cls, plain.sep, plain.eos, plain.pad, plain.size) == (
+        None, None, 50256, 50256, 50257,
+    )  # fmt: skip
+    assert token_ids(plain.tokenizer, ["Hello, world!"])[0].tolist() == [15496, 11, 995, 0]
+    assert unified(gpt2).size == 50257 + 33
+    roberta = unified(byte_level(jmeta_data / "vocab" / "roberta-base" / "vocab.json", merges))
+    assert (roberta.pad, roberta.sep, roberta.mask) == (1, 2, 50264)
+    assert 3 not in roberta.ordinary  # <unk>
+
+
+# --- the format ---
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
+def test_golden_pair_and_single(kind, request):
+    words = request.getfixturevalue(kind)
+    encoded = encode(
+        THREE, [Example("cat", "the cat", 1), Example("cat", label=2)], words, positions=9, stride=3
+    )
+    (cat,) = token_ids(words.tokenizer, ["cat"])
+    (the_cat,) = token_ids(words.tokenizer, ["the cat"])
+    pair = [words.cls[3], *cat, words.sep, *the_cat, words.sep]
+    single = [words.cls[3], *cat, words.sep]
+    found = batch(encoded, [0, 1])
+    for row, expected, label in ((0, pair, words.cls[3]), (1, single, words.mask)):
+        pads = 9 - len(expected)
+        assert found["tokens"][row].tolist() == expected + [words.pad] * pads
+        assert found["labels"][row].tolist() == [label] * len(expected) + [words.pad] * pads
+        assert found["mask"][row].tolist() == [1] * len(expected) + [0] * pads
+        assert found["weights"][row].tolist() == found["mask"][row].tolist()
+    b = len(cat) + 2
+    assert found["segments"][0].tolist() == [0] * b + [1] * (len(pair) - b) + [0] * (9 - len(pair))
+    assert not found["segments"][1].any()
+    assert found["y"].tolist() == [1, 2]
+    assert {leaf.dtype for leaf in found.values()} == {np.dtype("int32"), np.dtype("float32")}
+
+
+@settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(a=texts, b=st.none() | texts, positions=st.integers(5, 20), stride=st.integers(1, 25))
+def test_windows_hold_every_token_of_both_texts(bpe, monkeypatch, a, b, positions, stride):
+    monkeypatch.setattr(text, "cached_arrays", lambda path, make: make())
+    encoded = encode(YES_NO, [Example(a, b, 0)], bpe, positions=positions, stride=stride)
+    found = batch(encoded, np.arange(len(encoded.tokens)))
+    first, second = [], []
+    for tokens, length, start in zip(found["tokens"], encoded.length, encoded.second, strict=True):
+        assert tokens[0] == bpe.cls[7]
+        assert (tokens[length:] == bpe.pad).all()
+        assert (tokens[:length] != bpe.pad).all()
+        assert (
+            np.flatnonzero(tokens == bpe.sep) == [x - 1 for x in (start, length)][b is None :]
+        ).all()
+        first.append(tokens[1 : start - 1].tolist())
+        second.append(tokens[start : length - 1].tolist())
+    for given_text, pieces in ((a, first), (b, second)):
+        if given_text is not None:
+            ids = token_ids(bpe.tokenizer, [given_text])[0].tolist()
+            assert joined(pieces, ids, stride)
+    np.testing.assert_array_equal(found["labels"] != bpe.pad, found["mask"] == 1)
+    assert set(found["labels"][found["mask"] == 1].tolist()) == {bpe.sep}
+
+
+def joined(pieces, ids, stride):
+    """Do the distinct pieces, laid down a step apart, give the whole?"""
+    whole, room = [None] * len(ids), max(len(piece) for piece in pieces)
+    starts = range(0, max(len(ids), 1), max(min(stride, room), 1))
+    laid = list(dict.fromkeys(map(tuple, pieces)))
+    for start in starts:
+        piece = ids[start : start + room]
+        if tuple(piece) in laid:
+            whole[start : start + len(piece)] = piece
+    return whole == ids
+
+
+def test_spans_are_labelled_with_their_own_tokens(wordpiece):
+    b = "*cat* sat; *the cat*"
+    example = Example("cat", b, 0, spans=((1, 4), (12, 19)), answers=("cat", "the cat"))
+    found = batch(encode(SPANS, [example], wordpiece, positions=20, stride=4), [0])
+    labelled = found["labels"][0] != wordpiece.sep
+    labelled &= found["mask"][0] == 1
+    kept = found["tokens"][0][labelled]
+    assert [wordpiece.tokenizer.id_to_token(i) for i in kept] == ["cat", "the", "cat"]
+    assert (found["labels"][0][labelled] == kept).all()
+    assert set(found["labels"][0][~labelled & (found["mask"][0] == 1)]) == {wordpiece.sep}
+    assert not labelled[: 2 + 1].any()  # "cat" in A is no answer
+
+
+def test_hidden_labels_have_no_weight(bpe):
+    examples = [Example("a", label=HIDDEN), Example("a", label=0)]
+    found = batch(encode(YES_NO, examples, bpe, positions=6), [0, 1])
+    assert not found["weights"][0].any()
+    assert (found["labels"][0] == bpe.pad).all()
+    assert found["weights"][1].sum() == 3
+    hidden = batch(encode(SPANS, [Example("a", "b", HIDDEN)], bpe, positions=9), [0])
+    assert not hidden["weights"].any()
+
+
+def test_scores_have_no_label_tokens(bpe):
+    task = TextTask("likeness", 18, kind="score")
+    found = batch(encode(task, [Example("a", "b", 2.5)], bpe, positions=9), [0])
+    assert found["y"].tolist() == [2.5]
+    assert not found["weights"].any()
+
+
+def test_empty_and_foreign_texts(bpe, wordpiece):
+    strange = ["", " ", "e\u0301\u0327", "東京都", "👩\u200d👩\u200d👧", "مرحبا", "a\r\nb", "\x00"]
+    for words in (bpe, wordpiece):
+        examples = [Example(a, b, 1) for a in strange for b in (None, *strange)]
+        encoded = encode(YES_NO, examples, words, positions=16, stride=8)
+        assert set(encoded.example.tolist()) == set(range(len(examples)))
+        assert encoded.length.min() == 2  # [CLS7] [SEP]
+    windows = encode(YES_NO, [Example(s, label=0) for s in strange], bpe, positions=40)
+    for tokens, length, said in zip(windows.tokens, windows.length, strange, strict=True):
+        assert decoded(bpe, tokens[1 : length - 1]) == said
+
+
+# --- decoding ---
+
+
+def perfect(encoded, size):
+    """Logits that say the labels of every window, with noise that is the same for all tokens."""
+    found = batch(encoded, np.arange(len(encoded.tokens)))
+    logits = 3.0 * (found["labels"][..., None] == np.arange(size))
+    noise = np.random.default_rng(0).normal(size=found["labels"].shape)[..., None]
+    return (logits + noise).astype(np.float32), found
+
+
+def test_class_decoding_ignores_shifts_and_padding(bpe):
+    rng = np.random.default_rng(1)
+    said = ["cat " * n for n in (1, 4, 9, 14)]
+    examples = [Example(a, label=i % 3) for i, a in enumerate(said)]
+    short = encode(THREE, examples, bpe, positions=12, stride=5)
+    logits = rng.normal(size=(*short.tokens.shape, bpe.size))
+
+    def classes(logits, encoded):
+        mask = batch(encoded, np.arange(len(encoded.tokens)))["mask"]
+        scores = text.class_scores(jnp.asarray(logits), jnp.asarray(mask), encoded.class_tokens)
+        return np.asarray(scores), text.decode_classes(scores, encoded)
+
+    scores, found = classes(logits, short)
+    # by hand: mean over the real positions of a window, then over windows
+    for i in range(len(examples)):
+        rows = np.flatnonzero(short.example == i)
+        means = [logits[r, : short.length[r], list(short.class_tokens)].mean(-1) for r in rows]
+        assert found[i] == np.mean(means, 0).argmax()
+    shifted = logits + 7 * rng.normal(size=(*short.tokens.shape, 1))
+    assert classes(shifted, short)[1].tolist() == found.tolist()
+    padded = short._replace(tokens=np.pad(short.tokens, ((0, 0), (0, 5))))
+    more = np.pad(logits, ((0, 0), (0, 5), (0, 0)), constant_values=np.nan)
+    np.testing.assert_allclose(classes(more, padded)[0], scores, rtol=1e-6)
+    perfect_logits, _ = perfect(short, bpe.size)
+    assert classes(perfect_logits, short)[1].tolist() == [e.label for e in examples]
+
+
+def test_windows_count_alike_whatever_their_length(bpe):
+    said = "cat " * 9
+    room = len(token_ids(bpe.tokenizer, [said])[0]) - 3
+    encoded = encode(YES_NO, [Example(said, label=0)], bpe, positions=room + 2, stride=room)
+    assert encoded.length.tolist() == [room + 2, 5]
+    assert text.decode_classes(jnp.array([[1.0, 0.0], [0.0, 1.5]]), encoded).tolist() == [1]
+
+
+def test_span_decoding_takes_the_surest_run_in_b(wordpiece):
+    examples = [Example("cat", "a cat sat", 0, ((2, 5),), ("cat",)), Example("b", "the cats", 0)]
+    encoded = encode(SPANS, examples, wordpiece, positions=12)
+    size = (len(encoded.tokens), 12)
+    ids, sure = np.full(size, wordpiece.sep), np.full(size, -3.0)
+    at = {t: i for i, t in enumerate(wordpiece.tokenizer.id_to_token(j) for j in encoded.tokens[0])}
+    cat = wordpiece.tokenizer.token_to_id("cat")
+    plural = wordpiece.tokenizer.token_to_id("##s")
+    ids[0, 1], sure[0, 1] = cat, -0.01  # in A: no answer, however sure
+    b = encoded.second[0]
+    ids[0, b : b + 2], sure[0, b : b + 2] = [cat, plural], [-2.0, -0.5]
+    ids[0, b + 3], sure[0, b + 3] = cat, -1.0  # a run of its own, less sure
+    ids[0, encoded.length[0] - 1], sure[0, encoded.length[0] - 1] = cat, -0.02  # the last [SEP]
+    ids[0, encoded.length[0] :], sure[0, encoded.length[0] :] = cat, -0.03  # padding
+    assert at["a"] == b
+    assert text.decode_spans(ids, sure, encoded, wordpiece) == ["cats", ""]
+
+
+def test_span_decoding_over_windows_and_perfect_labels(bpe):
+    b = "the dog saw the *cat* and it sat on the mat, the mat " * 3
+    start = b.index("*cat*") + 1
+    example = Example("what?", b, 0, ((start, start + 3),), ("cat",))
+    encoded = encode(SPANS, [example, example], bpe, positions=24, stride=7)
+    assert len(encoded.tokens) > 6
+    logits, _ = perfect(encoded, bpe.size)
+    ids, sure = text.best_tokens(jnp.asarray(logits))
+    assert text.decode_spans(ids, sure, encoded, bpe) == ["cat", "cat"]
+    np.testing.assert_allclose(
+        sure, (logits - np.log(np.exp(logits).sum(-1, keepdims=True))).max(-1), rtol=1e-5
+    )
+
+
+# --- the cache ---
+
+
+def test_texts_are_tokenised_once(bpe, monkeypatch):
+    examples = [Example("the cat", "sat on it", 1)] * 3
+    first = encode(YES_NO, examples, bpe, positions=30)
+
+    def never(*_):
+        raise AssertionError("tokenised again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(text, "token_ids", never)
+        again = encode(YES_NO, examples, bpe, positions=30)
+        for old, new in zip(first, again, strict=True):
+            np.testing.assert_array_equal(old, new)
+        changes = (
+            lambda: encode(YES_NO, examples, bpe, positions=31),
+            lambda: encode(YES_NO, examples, bpe, positions=30, stride=9),
+            lambda: encode(YES_NO, examples[:2], bpe, positions=30),
+            lambda: encode(THREE, examples, bpe, positions=30),
+            lambda: encode(YES_NO, examples, unified(train_unified(["x"], 300)), positions=30),
+        )
+        for change in changes:
+            with pytest.raises(AssertionError, match="tokenised again"):
+                change()
+
+
+def test_a_damaged_cache_is_made_again_and_said(bpe):
+    task = TextTask("Damaged", 4, ("0", "1"), ("sep", "cls"))
+    first = encode(task, [Example("the cat", label=1)], bpe, positions=10)
+    (path,) = cache_dir().glob("text-damaged-*.npz")
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.warns(UserWarning, match=r"text-damaged-.* is damaged .* made again"):
+        again = encode(task, [Example("the cat", label=1)], bpe, positions=10)
+    np.testing.assert_array_equal(first.tokens, again.tokens)
+    assert list(cache_dir().glob("text-damaged-*")) == [path]
+
+
+# --- mistakes ---
+
+
+@pytest.mark.parametrize(
+    ("examples", "positions", "message"),
+    [
+        ([], 9, "yes-no has no example"),
+        ([Example("a"), Example("a", label=2)], 9, r"row 1 .* 'label': 2 is no index of \('no'"),
+        ([Example("a", label=-2)], 9, "field 'label': -2"),
+        ([Example(None)], 9, "row 0 of yes-no .* field 'a': None is no text"),
+        ([Example("a", 7)], 9, "field 'b': 7 is no text"),
+        ([Example("a", "b", 0, spans=((0, 2),))], 9, "'spans': characters 0 to 2 are outside"),
+        ([Example("a", "b", idx="q3")], 4, r"\(idx 'q3'\) needs at least 5 positions, not 4"),
+    ],
+)
+def test_mistakes_name_the_row_and_the_field(bpe, examples, positions, message):
+    with pytest.raises(ValueError, match=message):
+        encode(YES_NO, examples, bpe, positions=positions)
+
+
+def test_examples_survive_json():
+    example = Example("é", None, 1, ((0, 1),), ("x",), {"idx": 1})
+    assert json.loads(json.dumps(example))[0] == "é"  # the key of a cache is made of it
