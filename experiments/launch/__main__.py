@@ -8,7 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jmeta.runtime.launch import kubernetes, kubernetes_run, skypilot, slurm, steps, tpu_vm
+from jmeta.runtime.launch import (
+    kubernetes,
+    kubernetes_plan,
+    kubernetes_run,
+    skypilot,
+    slurm,
+    steps,
+    tpu_vm,
+)
+from jmeta.runtime.launch import tpu_vm_host as tpu_host
 from jmeta.runtime.launch import tpu_vm_run as tpu_run
 from jmeta.runtime.launch.steps import Interrupted, LaunchError
 
@@ -93,14 +102,14 @@ def plan(verb: str, config: Any, command: Sequence[str]) -> list[steps.Section]:
         module, file = {
             tpu_vm.TpuVm: (tpu_vm, "worker.sh"),
             slurm.Slurm: (slurm, "slurm.sh"),
-            kubernetes.Kubernetes: (kubernetes, "jobset.yaml"),
+            kubernetes.Kubernetes: (kubernetes_plan, "jobset.yaml"),
             skypilot.SkyPilot: (skypilot, "skypilot.yaml"),
         }[type(config)]
         return module.plan(config, command, template(file))
     if isinstance(config, tpu_vm.TpuVmPlace):
         return tpu_vm.plan_verb(verb, tpu_vm.place_of(config), template("worker.sh"))
     if isinstance(config, kubernetes.KubernetesPlace):
-        return kubernetes.plan_verb(verb, kubernetes.place_of(config), template("jobset.yaml"))
+        return kubernetes_plan.plan_verb(verb, kubernetes.place_of(config), template("jobset.yaml"))
     return slurm.plan_verb(verb, config)
 
 
@@ -108,7 +117,7 @@ def carry_out(verb: str, config: Any, command: Sequence[str]) -> None:
     """Do it."""
     if isinstance(config, tpu_vm.TpuVmPlace):
         full = config if isinstance(config, tpu_vm.TpuVm) else tpu_vm.place_of(config)
-        bound = tpu_run.host(full, command, template("worker.sh"), say, show)
+        bound = tpu_host.host(full, command, template("worker.sh"), say, show)
         getattr(tpu_run, verb)(bound)
     elif isinstance(config, kubernetes.KubernetesPlace):
         full = config if isinstance(config, kubernetes.Kubernetes) else kubernetes.place_of(config)

@@ -18,16 +18,19 @@ venv() { # FOLDER PACKAGE: a virtual environment with Python 3.11 or newer, and 
     "$1/bin/python" -m pip install --quiet --disable-pip-version-check "$2"
 }
 
-alive() { [ -f pid ] && kill -0 "$(cat pid)" 2> /dev/null; }
+alive() { # begun, not ended, and not a zombie
+    local now
+    [ -f pid ] && [ ! -f exit ] && read -r _ _ now _ < "/proc/$(< pid)/stat" && [ "$now" != Z ]
+} 2> /dev/null
 
 stop() {
     alive || return 0
-    kill -TERM -- "-$(cat pid)" 2> /dev/null || true # a run that is asked saves a checkpoint
-    for _ in $(seq 60); do
+    kill -TERM -- "-$(< pid)" 2> /dev/null || true # a run that is asked saves a checkpoint
+    for _ in $(seq 300); do
         alive || return 0
-        sleep 0.5
+        sleep 0.1
     done
-    kill -KILL -- "-$(cat pid)" 2> /dev/null || true
+    kill -KILL -- "-$(< pid)" 2> /dev/null || true
 }
 
 task=$1
@@ -67,7 +70,7 @@ case $task in
         state=lost
         alive && state=running
         [ -f pid ] || state=absent
-        [ -f exit ] && state="exited $(cat exit)"
+        [ -f exit ] && state="exited $(< exit)"
         echo "worker $(hostname) $state"
         ;;
     log) # OFFSET: what the log holds after that many bytes

@@ -1,4 +1,4 @@
-"""Kubernetes: the configuration, a JobSet for it, and every command line that `kubectl` gets.
+"""Kubernetes: the configuration of a run, and the manifests that follow from it.
 
 Fields as in jobset.x-k8s.io/v1alpha2; a persistent volume claim holds code and run directories.
 """
@@ -8,20 +8,15 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from jmeta.runtime.launch import code
 from jmeta.runtime.launch.inputs import (
-    check_command,
-    check_name,
-    check_path,
     check_word,
-    environment,
     parse_env,
 )
-from jmeta.runtime.launch.steps import LaunchError, Section, Step, Write
+from jmeta.runtime.launch.steps import LaunchError
 
-_RUNS = "/runs"  # where the claim is mounted
+RUNS = "/runs"  # where the claim is mounted
 _ATTEMPT = "JMETA_RESTART_ATTEMPT"
 _BEGIN = (
     "mkdir -p /tmp/code && tar -xzf {code} -C /tmp/code && cd /tmp/code || exit 1; "
@@ -87,32 +82,6 @@ class Kubernetes(KubernetesPlace):
     """File of NAME=VALUE lines for secrets; they become a Secret, never shown."""
 
 
-class Commands(NamedTuple):
-    """Every step of a run on a cluster.
-
-    Attributes:
-      stage: what is made here.
-      helper_file: the manifest of a pod through which files are copied.
-      ship: puts the code on the claim, through a helper pod.
-      secret: makes the Secret; None without secrets.
-      create, status, pods: the JobSet and its processes.
-      delete: the JobSet, the Secret and the helper, whichever there are.
-      place: brings the run directory back, through a helper pod.
-      drop_helper: deletes the helper pod.
-    """
-
-    stage: tuple[Step | Write, ...]
-    helper_file: Write
-    ship: tuple[Step, ...]
-    secret: Step | None
-    create: Step
-    status: Step
-    pods: Step
-    delete: tuple[Step, ...]
-    place: tuple[Step, ...]
-    drop_helper: Step
-
-
 def out_of(config: KubernetesPlace) -> Path:
     """Where the run directory comes back to."""
     return config.out or Path("runs") / config.name
@@ -143,9 +112,9 @@ def jobset(
     nodes = _nodes(config)
     resume = ["--resume"] if config.resume else []
     arguments = [
-        "python", "-m", *command, "--out", f"{_RUNS}/{config.name}", *resume
+        "python", "-m", *command, "--out", f"{RUNS}/{config.name}", *resume
     ]  # fmt: skip
-    begin = _BEGIN.format(code=_code(config))
+    begin = _BEGIN.format(code=code_path(config))
     fields: dict[str, Any] = {
         "image": check_word(config.image, "--image"),
         # The cluster expands $(NAME) in commands, and $$ to $: no argument may be changed by that.
@@ -156,7 +125,7 @@ def jobset(
             *({"name": n, "value": v.replace("$", "$$")} for n, v in parse_env(config.env).items()),
         ],
         "resources": {"limits": _resources(config)},
-        "volumeMounts": [{"name": "runs", "mountPath": _RUNS}],
+        "volumeMounts": [{"name": "runs", "mountPath": RUNS}],
     }  # fmt: skip
     if secret:
         fields["envFrom"] = [{"secretRef": {"name": f"{config.name}-env"}}]
@@ -259,7 +228,7 @@ def helper(config: KubernetesPlace) -> dict[str, Any]:
                     "name": "files",
                     "image": config.image,
                     "command": ["sleep", "3600"],
-                    "volumeMounts": [{"name": "runs", "mountPath": _RUNS}],
+                    "volumeMounts": [{"name": "runs", "mountPath": RUNS}],
                 }
             ],
             "volumes": [_volume(config)],
@@ -267,153 +236,6 @@ def helper(config: KubernetesPlace) -> dict[str, Any]:
     }
 
 
-def _code(config: KubernetesPlace) -> str:
-    return f"{_RUNS}/{config.name}.code.tar.gz"
-
-
-def commands(
-    config: Kubernetes, command: Sequence[str], template: str
-) -> tuple[Commands, dict[str, str]]:
-    """Check a configuration and write out its files and commands.
-
-    Args:
-      config: the launch.
-      command: module and arguments; empty for a place whose run has begun already.
-      template: YAML of a JobSet.
-
-    Returns:
-      The commands, and the secrets that nothing may show.
-
-    Raises:
-      LaunchError: a value cannot be used.
-    """
-    check_name(config.name)
-    check_word(config.claim, "--claim", "a-z0-9.-")
-    check_word(config.image, "--image")
-    for value, flag in ((config.namespace, "--namespace"), (config.context, "--context")):
-        if value is not None:
-            check_word(value, flag)
-    given = environment(config.env, config.env_file)
-    stage = code.staging(check_path(out_of(config)))
-    text = ""
-    if command:
-        command = check_command(command, given.secrets)
-        text = _yaml(jobset(config, command, bool(given.private), _load(template)))
-    manifest, pod, env = stage / "jobset.yaml", stage / "files.yaml", stage / "secret.env"
-    pod_name = f"{config.name}-files"
-    drop = _kubectl(config, "delete", "pod", pod_name, "--ignore-not-found", "--grace-period=1")
-    raise_helper = (
-        _kubectl(config, "create", f"--filename={pod.as_posix()}"),
-        _kubectl(config, "wait", "--for=condition=Ready", f"pod/{pod_name}", "--timeout=300s"),
-    )
-    packed, helper_file = stage / "code.tar.gz", Write(pod, _yaml(helper(config)))
-    lines = "".join(f"{name}={value}\n" for name, value in given.private.items())
-    return Commands(
-        stage=(
-            Step(("mkdir", "-p", stage.as_posix())),
-            Write(manifest, text),
-            helper_file,
-            *([Write(env, lines, tuple(given.private))] if given.private else []),
-            code.archive(config.revision, packed),
-        ),
-        helper_file=helper_file,
-        ship=(
-            *raise_helper,
-            _kubectl(config, "cp", packed.as_posix(), f"{pod_name}:{_code(config)}",
-                     timeout=3600.0),
-            drop,
-        ),
-        secret=_kubectl(
-            config, "create", "secret", "generic", f"{config.name}-env",
-            f"--from-env-file={env.as_posix()}",
-        ) if given.private else None,
-        create=_kubectl(config, "create", f"--filename={manifest.as_posix()}"),
-        status=_kubectl(config, "get", "jobset", config.name, "--output=json", timeout=60.0),
-        pods=_kubectl(
-            config, "get", "pods", f"--selector=jobset.sigs.k8s.io/jobset-name={config.name}",
-            "--output=json", timeout=60.0,
-        ),
-        delete=(
-            _kubectl(config, "delete", "jobset", config.name, "--ignore-not-found"),
-            _kubectl(config, "delete", "secret", f"{config.name}-env", "--ignore-not-found"),
-            drop,
-        ),
-        place=(
-            *raise_helper,
-            *code.replace(out_of(config), lambda new: _kubectl(
-                config, "cp", f"{pod_name}:{_RUNS}/{config.name}", new, timeout=3600.0)),
-            drop,
-        ),
-        drop_helper=drop,
-    ), given.secrets  # fmt: skip
-
-
-def log(config: KubernetesPlace, since: str | None) -> Step:
-    """The step that shows the first process's log from a moment on (RFC 3339)."""
-    selector = (
-        f"--selector=jobset.sigs.k8s.io/jobset-name={config.name},"
-        "batch.kubernetes.io/job-completion-index=0"
-    )
-    moment = () if since is None else (f"--since-time={since}",)
-    return _kubectl(config, "logs", selector, "--tail=-1", "--timestamps", *moment, timeout=60.0)
-
-
-def plan(config: Kubernetes, command: Sequence[str], template: str) -> list[Section]:
-    """The whole life of a launch, in order, for `--dry-run`."""
-    c, _ = commands(config, command, template)
-    secret = () if c.secret is None else (c.secret,)
-    sections = [
-        Section("manifests and code", c.stage),
-        Section("the code onto the claim", c.ship),
-        Section("create it", (*secret, c.create)),
-    ]
-    if config.detach:
-        return sections
-    sections += [
-        Section(
-            f"every {config.poll:g} s until it is Completed or Failed; the cluster restarts it at "
-            f"most {config.restarts} times",
-            (c.status, c.pods, log(config, None)),
-        ),
-        Section("at the end: the run directory", c.place),
-    ]
-    when = {"always": "at the end, however it comes", "success": "after success", "never": ""}
-    if when[config.delete]:
-        sections.append(Section(when[config.delete], c.delete))
-    return sections
-
-
-def plan_verb(verb: str, place: Kubernetes, template: str) -> list[Section]:
-    """What follow, fetch and delete do, in order, for `--dry-run`."""
-    c, _ = commands(place, (), template)
-    watch = Section(
-        f"every {place.poll:g} s until it is Completed or Failed",
-        (c.status, c.pods, log(place, None)),
-    )
-    bring = Section("the run directory", (*c.stage[:1], c.helper_file, *c.place))
-    return {
-        "follow": [watch, bring],
-        "fetch": [bring],
-        "delete": [Section("delete it; the claim keeps the run directory", c.delete)],
-    }[verb]
-
-
-def _load(template: str) -> dict[str, Any]:
-    import yaml
-
-    return yaml.safe_load(template)
-
-
-def _yaml(manifest: Mapping[str, Any]) -> str:
-    import yaml
-
-    # Plain ASCII with no folded lines: PyYAML reads some Unicode line breaks otherwise.
-    return yaml.safe_dump(dict(manifest), sort_keys=False, width=10**6)
-
-
-def _kubectl(config: KubernetesPlace, *arguments: str, timeout: float = 600.0) -> Step:
-    where = (
-        *(() if config.context is None else (f"--context={config.context}",)),
-        *(() if config.namespace is None else (f"--namespace={config.namespace}",)),
-    )
-    return Step(("kubectl", *arguments, *where), timeout)
+def code_path(config: KubernetesPlace) -> str:
+    """Where the code lies on the claim."""
+    return f"{RUNS}/{config.name}.code.tar.gz"

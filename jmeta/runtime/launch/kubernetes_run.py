@@ -4,9 +4,10 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from jmeta.runtime.launch import code, kubernetes, steps
+from jmeta.runtime.launch import code, kubernetes, kubernetes_plan, steps
 from jmeta.runtime.launch.inputs import private, redactor
-from jmeta.runtime.launch.kubernetes import Commands, Kubernetes
+from jmeta.runtime.launch.kubernetes import Kubernetes
+from jmeta.runtime.launch.kubernetes_plan import Commands
 from jmeta.runtime.launch.steps import CommandError, LaunchError, Say, Step, Write
 
 _ATTEMPTS = 5  # how often in a row the cluster may not answer
@@ -32,7 +33,7 @@ class Host(NamedTuple):
 
 def host(config: Kubernetes, command: Sequence[str], template: str, say: Say, show: Say) -> Host:
     """Check a configuration and bind its commands to the functions that run and report."""
-    found, secrets = kubernetes.commands(config, command, template)
+    found, secrets = kubernetes_plan.commands(config, command, template)
     redact = redactor(secrets)
     return Host(
         config, found, lambda step: steps.run(step, redact),
@@ -197,7 +198,7 @@ def _phase(pod: dict[str, Any]) -> str:
 def _show_log(h: Host, since: str | None) -> str | None:
     """Show what is new since a moment; each line comes with its time, to the nanosecond."""
     try:
-        lines = h.run(kubernetes.log(h.config, since)).splitlines()
+        lines = h.run(kubernetes_plan.log(h.config, since)).splitlines()
     except CommandError:
         return since  # the process is being restarted
     for line in lines:

@@ -48,8 +48,8 @@ class TpuVmPlace:
     """Connect to internal addresses, from a machine in the same network."""
     poll: float = 15.0
     """Seconds between two looks at the VM and the run."""
-    ssh_attempts: int = 5
-    """How often a connection is tried before it counts as refused."""
+    attempts: int = 5
+    """How often a connection, or a question to gcloud, is tried before it counts as refused."""
     dry_run: bool = False
     """Print every command, run none."""
 

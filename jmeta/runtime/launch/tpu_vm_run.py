@@ -4,63 +4,33 @@ Whatever happens, what this launch created is deleted, unless its user said othe
 """
 
 import contextlib
-import json
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable
+from typing import NoReturn
 
 from jmeta.files import write_atomically
 from jmeta.runtime.launch import code, steps, tpu_vm
-from jmeta.runtime.launch.inputs import private, redactor
-from jmeta.runtime.launch.steps import CommandError, LaunchError, Say, Step, Write
-from jmeta.runtime.launch.tpu_vm import Commands, TpuVm
+from jmeta.runtime.launch.inputs import private
+from jmeta.runtime.launch.steps import CommandError, LaunchError, Step, Write
+from jmeta.runtime.launch.tpu_vm_host import (
+    GONE,
+    STOPPED,
+    Host,
+    Preempted,
+    always,
+    check_there,
+    queue_state,
+    remote,
+    vm_state,
+    why,
+)
 
-_GONE = ("PREEMPTED", "TERMINATED")
-_STOPPED = ("STOPPING", "STOPPED", "DELETING", "HIDING", "HIDDEN")
 _QUEUE_FAILED = ("FAILED", "SUSPENDING", "SUSPENDED", "DELETING")
 _DELETE_ATTEMPTS = 3
 
 
-class Preempted(LaunchError):
-    """The VM was taken away."""
-
-
 class AlreadyThere(LaunchError):
     """Somebody else created a VM of this name in the meantime: it is not ours to delete."""
-
-
-class Host(NamedTuple):
-    """What every part of a launch needs.
-
-    Attributes:
-      config: the launch.
-      commands: its steps.
-      run: runs a step; what it reports holds no secret.
-      say: tells the user something, redacted.
-      show: prints text of the run as it is, redacted.
-      redact: blots secrets out of a text.
-    """
-
-    config: TpuVm
-    commands: Commands
-    run: Callable[[Step], str]
-    say: Say
-    show: Say
-    redact: Callable[[str], str]
-
-
-def host(config: TpuVm, command: Sequence[str], template: str, say: Say, show: Say) -> Host:
-    """Check a configuration and bind its commands to the functions that run and report."""
-    found, secrets = tpu_vm.commands(config, command, template)
-    redact = redactor(secrets)
-    return Host(
-        config,
-        found,
-        lambda step: steps.run(step, redact),
-        lambda text: say(redact(text)),
-        lambda text: show(redact(text)),
-        redact,
-    )
 
 
 def launch(h: Host) -> None:
@@ -95,7 +65,7 @@ def launch(h: Host) -> None:
                     _wait_until_ready(h)
                     _ship(h, config.resume or attempt > 0)
                     begun = True
-                    _remote(h, h.commands.resume if config.resume or attempt else h.commands.start)
+                    remote(h, h.commands.resume if config.resume or attempt else h.commands.start)
                     h.say("the run has begun")
                     if not config.detach:
                         _follow(h)
@@ -119,7 +89,7 @@ def launch(h: Host) -> None:
 def follow(h: Host) -> None:
     """Follow a run that has begun, and bring it back. Interrupting this leaves the run alone."""
     with steps.interrupts(h.say):
-        if _state(h) is None:
+        if vm_state(h) is None:
             raise LaunchError(f"there is no TPU VM {h.config.name} in {h.config.zone}")
         _follow(h)
         fetch(h)
@@ -167,29 +137,12 @@ def _line(step: Step) -> str:
     return steps.render([steps.Section("", (step,))]).splitlines()[-1]
 
 
-def _described(h: Host, step: Step) -> dict[str, Any] | None:
-    """What gcloud says of a resource; None if it is not there."""
-    try:
-        return json.loads(h.run(step))
-    except CommandError as error:
-        if "NOT_FOUND" in error.stderr:
-            return None
-        raise LaunchError(_why(h.config, error)) from error
-    except json.JSONDecodeError as error:
-        raise LaunchError(f"{steps.doing(step)} gave something other than JSON") from error
-
-
-def _state(h: Host) -> str | None:
-    described = _described(h, h.commands.describe)
-    return None if described is None else str(described.get("state", "UNKNOWN"))
-
-
 def _find(h: Host) -> bool:
     """Whether the VM, or the request for it, is there; the remains of a preempted one are not."""
-    state = _state(h)
+    state = vm_state(h)
     if h.commands.queue is not None and state is None:
-        state = _queue_state(h)
-    if state in (*_GONE, *_QUEUE_FAILED):
+        state = queue_state(h)
+    if state in (*GONE, *_QUEUE_FAILED):
         h.say(f"{h.config.name} is there, but {state}")
         _delete(h)
         return False
@@ -213,7 +166,7 @@ def _create(h: Host, patient: bool) -> None:
         except CommandError as error:
             if "ALREADY_EXISTS" in error.stderr:
                 raise AlreadyThere(f"somebody else just created {config.name}") from error
-            reason = _why(config, error)
+            reason = why(config, error)
             if not (patient and "no capacity" in reason) or gone >= config.wait:
                 raise LaunchError(reason) from error
 
@@ -221,8 +174,8 @@ def _create(h: Host, patient: bool) -> None:
 def _wait_until_ready(h: Host) -> None:
     deadline = time.monotonic() + h.config.wait
     if h.commands.queue is not None:
-        _wait(h, deadline, lambda: _queue_state(h), "ACTIVE", _QUEUE_FAILED)
-    _wait(h, deadline, lambda: _state(h), "READY", _STOPPED)
+        _wait(h, deadline, lambda: queue_state(h), "ACTIVE", _QUEUE_FAILED)
+    _wait(h, deadline, lambda: vm_state(h), "READY", STOPPED)
 
 
 def _wait(
@@ -233,7 +186,7 @@ def _wait(
         state = look()
         if state == wanted:
             return
-        if state in _GONE:
+        if state in GONE:
             raise Preempted(f"{h.config.name} was preempted before it was ready")
         if state in bad:
             raise LaunchError(f"{h.config.name} is {state}, and will not become {wanted}")
@@ -243,68 +196,16 @@ def _wait(
     )
 
 
-def _queue_state(h: Host) -> str | None:
-    assert h.commands.queue is not None
-    described = _described(h, h.commands.queue)
-    return None if described is None else str(described.get("state", {}).get("state", "UNKNOWN"))
-
-
-def _why(config: TpuVm, error: CommandError) -> str:
-    """What a failed creation means to its user."""
-    text = error.stderr.lower()
-    what = f"{config.type} in {config.zone}"
-    if "quota" in text:
-        return f"the quota for {what} is used up: ask for more, or choose another type or zone"
-    if any(words in text for words in ("no more capacity", "stockout", "insufficient")):
-        return f"there is no capacity for {what} now: try --queued, another zone, or later"
-    if "active account" in text or "reauthentication" in text:
-        return "gcloud is not logged in: run gcloud auth login"
-    if "permission" in text:
-        return f"this account may not create {what}: {steps.last_line(error.stderr)}"
-    return str(error)
-
-
 def _ship(h: Host, resume: bool) -> None:
     c = h.commands
     h.say(f"shipping the code to {h.config.name}")
-    _remote(h, c.prepare)
-    _remote(h, c.ship)
+    remote(h, c.prepare)
+    remote(h, c.ship)
     h.say("installing it")
-    _remote(h, c.install)
+    remote(h, c.install)
     if resume and (code.staging(tpu_vm.out_of(h.config)) / "run.tar.gz").exists():
         for step in c.restore:
-            _remote(h, step)
-
-
-def _remote(h: Host, step: Step) -> str:
-    """Run a step on the VM: connections are retried; a VM that is gone is `Preempted`."""
-    for attempt in range(1, h.config.ssh_attempts + 1):
-        try:
-            return h.run(step)
-        except CommandError as error:
-            _check_there(h)
-            if not _is_connection(error):
-                raise
-            if attempt < h.config.ssh_attempts:
-                time.sleep(h.config.poll)
-    raise LaunchError(
-        f"{h.config.name} refuses connections ({h.config.ssh_attempts} attempts): see that "
-        "ssh-add holds your key and that the firewall allows port 22"
-    )
-
-
-def _is_connection(error: CommandError) -> bool:
-    signs = ("return code [255]", "connection refused", "connection timed out", "connection reset")
-    return error.status == 255 or any(sign in error.stderr.lower() for sign in signs)
-
-
-def _check_there(h: Host) -> str:
-    state = _state(h)
-    if state in _GONE or (state is None and h.config.spot):
-        raise Preempted(f"{h.config.name} was preempted, more often than --restarts allows")
-    if state is None or state in _STOPPED:
-        raise LaunchError(f"{h.config.name} is {state or 'gone'}: somebody stopped or deleted it")
-    return state
+            remote(h, step)
 
 
 def _follow(h: Host) -> None:
@@ -316,8 +217,8 @@ def _follow(h: Host) -> None:
     """
     offset, copied = 0, time.monotonic()
     for _ in steps.every(h.config.poll):
-        _check_there(h)
-        states = _workers(_remote(h, h.commands.status))
+        check_there(h)
+        states = _workers(remote(h, h.commands.status, always))
         ended = bool(states) and all(state == "exited 0" for _, state in states)
         failed = [(name, state) for name, state in states if state not in ("running", "exited 0")]
         offset = _show_log(h, offset, last=ended or bool(failed))
@@ -339,7 +240,7 @@ def _workers(text: str) -> list[tuple[str, str]]:
 
 
 def _show_log(h: Host, offset: int, last: bool) -> int:
-    text = steps.whole_lines(_remote(h, tpu_vm.log(h.config, offset)), last)
+    text = steps.whole_lines(remote(h, tpu_vm.log(h.config, offset), always), last)
     if text:
         h.show(steps.readable(text))
     return offset + len(text.encode(errors="surrogateescape"))
@@ -348,7 +249,7 @@ def _show_log(h: Host, offset: int, last: bool) -> int:
 def _fail(h: Host, worker: str, state: str) -> NoReturn:
     # Processes of a VM that is being taken away end first, and its state changes after.
     time.sleep(h.config.poll)
-    _check_there(h)
+    check_there(h)
     stage = code.staging(tpu_vm.out_of(h.config))
     if state.startswith("exited"):
         status = state.removeprefix("exited").strip()
@@ -363,7 +264,7 @@ def _fail(h: Host, worker: str, state: str) -> NoReturn:
 
 def _bring(h: Host) -> None:
     for step in (h.commands.pack, h.commands.bring):
-        _remote(h, step)
+        remote(h, step)
     for step in h.commands.place:
         h.run(step)
 
