@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jmeta.cost.planner import Candidate, Row, as_json, in_a_child, mesh_name, row_from
+from jmeta.cost.planner import in_a_child
+from jmeta.cost.rows import Candidate, Row, as_json, mesh_name, row_from
 from jmeta.cost.topology import require_libtpu
 from jmeta.files import write_atomically
 from jmeta.runtime.provenance import command_of, versions

@@ -20,7 +20,8 @@ from jmeta.cost.measured import (
     median,
     table,
 )
-from jmeta.cost.planner import Candidate, Row, choose, plan, plan_markdown
+from jmeta.cost.planner import plan
+from jmeta.cost.rows import Candidate, Row, choose, plan_markdown
 from jmeta.cost.shapes import Setting
 from jmeta.cost.topology import TopologyError
 

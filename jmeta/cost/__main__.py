@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from jmeta.cost.planner import Row, as_json, plan, plan_markdown
+from jmeta.cost.planner import plan
+from jmeta.cost.rows import Row, as_json, plan_markdown
 from jmeta.cost.shapes import MODELS
 
 NAMED = "jmeta.cost.shapes:setting"

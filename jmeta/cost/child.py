@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jmeta.cost.planner import Candidate, as_json, compile_row, made
+from jmeta.cost.programs import compile_row, made
+from jmeta.cost.rows import Candidate, as_json
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:

@@ -10,8 +10,9 @@ import pytest
 
 import jmeta
 from jmeta import cost
-from jmeta.cost import Candidate, Setting, planner
+from jmeta.cost import Candidate, Setting, planner, programs
 from jmeta.cost.__main__ import main, mesh_of, option_of
+from jmeta.cost.rows import row_from
 from jmeta.cost.shapes import MODELS, setting
 
 WIDTH = 64
@@ -32,7 +33,7 @@ def linear(batch: int = 32) -> Setting:
 
 def row_of(estimator, mesh=None, *, given=None, **options):
     candidate = Candidate(estimator, mesh or {"tasks": -1}, **options)
-    return cost.planner.compile_row(given or linear(), candidate, steps=3)
+    return programs.compile_row(given or linear(), candidate, steps=3)
 
 
 @pytest.mark.parametrize(("tasks", "microbatch"), [(8, None), (16, 1)])
@@ -188,7 +189,7 @@ def test_named_models_refuse_what_they_cannot_hold():
 def test_an_encoder_compiles_on_a_mesh_with_tensor_parallel_weights():
     given = setting("bert-base", layers=1, tokens=8, sequences=2)
     fewer = {"tasks": 1, "fsdp": 4, "tensor": 2}
-    row = planner.compile_row(given, Candidate("mixed_mode", fewer, 4), steps=5)
+    row = programs.compile_row(given, Candidate("mixed_mode", fewer, 4), steps=5)
     assert row.traffic["all-reduce"][2] > 0  # the tensor axis speaks inside the loops
 
 
@@ -201,7 +202,7 @@ def test_the_command_prints_a_table_and_writes_rows(capsys, tmp_path):
     )  # fmt: skip
     assert done == 0
     assert "Choose first_order on tasks=all" in capsys.readouterr().out
-    rows = [planner.row_from(each) for each in json.loads(file.read_text())]
+    rows = [row_from(each) for each in json.loads(file.read_text())]
     assert rows[0].candidate.options == {"model": "tiny", "tokens": 16, "layers": 1}
 
 
