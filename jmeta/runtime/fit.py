@@ -149,7 +149,7 @@ def fit(
         rules = parallel.REPLICATED if rules is None else rules
         shard = partial(parallel.sharded, mesh=mesh, rules=rules)
         schedule = Stages(schedule.starts, tuple(map(shard, schedule.estimators)))
-        state = parallel.shard_state(mesh, state, rules)
+        state = jax.device_put(state, parallel.state_shardings(mesh, state, rules))
 
     with contextlib.ExitStack() as stack:
         manager, record = None, None

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -29,14 +30,18 @@ REPLICATED: Rules = (("**", P()),)
 
 # Megatron's split: the first matrix of a branch by columns, the second by rows, so that a branch
 # ends in one reduction; the layer axis stays whole, because the loop over layers slices it.
+_COLUMNS = ("qkv", "query", "key", "value", "up")
+_ROWS = ("out", "down")
+
 TRANSFORMER: Rules = (
     ("**.embed.tokens", P("tensor", "fsdp")),
     ("**.embed.*", P(None, "fsdp")),
-    *((f"**.blocks.**.{name}", P(None, "fsdp", "tensor")) for name in ("qkv", "up")),
-    *((f"**.blocks.**.{name}.kernel", P(None, "fsdp", "tensor")) for name in ("qkv", "up")),
-    *((f"**.blocks.**.{name}.bias", P(None, "tensor")) for name in ("qkv", "up")),
-    *((f"**.blocks.**.{name}", P(None, "tensor", "fsdp")) for name in ("out", "down")),
-    *((f"**.blocks.**.{name}.kernel", P(None, "tensor", "fsdp")) for name in ("out", "down")),
+    *((f"**.blocks.*.{name}", P(None, "fsdp", "tensor")) for name in _COLUMNS),
+    *((f"**.blocks.*.{name}.kernel", P(None, "fsdp", "tensor")) for name in _COLUMNS),
+    *((f"**.blocks.*.{name}.bias", P(None, "tensor")) for name in _COLUMNS),
+    *((f"**.blocks.*.{name}", P(None, "tensor", "fsdp")) for name in _ROWS),
+    *((f"**.blocks.*.{name}.kernel", P(None, "tensor", "fsdp")) for name in _ROWS),
+    ("**.head.*.kernel", P("fsdp")),
     ("**.scale", P()),
     ("**.bias", P()),
 )
@@ -218,12 +223,13 @@ def shard_state(mesh: Mesh, state: TrainState, rules: Rules) -> TrainState:
         rules: for its meta-parameters.
 
     Returns:
-        The state as global arrays.
+        The state as global arrays, which share no buffer with the one given.
 
     Raises:
         ValueError: see ``state_shardings``.
     """
-    return jax.device_put(state, state_shardings(mesh, state, rules))
+    # device_put keeps the buffer of the device that has one, and a step donates what it is given.
+    return jax.device_put(jax.tree.map(jnp.copy, state), state_shardings(mesh, state, rules))
 
 
 def shard_episodes(mesh: Mesh, episodes: PyTree) -> PyTree:
