@@ -89,7 +89,7 @@ def compile_row(
         needed = machines.exhausted(str(error))
         if needed is None:
             raise
-        seconds = time.perf_counter() - begin
+        seconds, usable = time.perf_counter() - begin, min(usable, needed[1])
         note = f"does not fit: needs {needed[0] / 2**30:.1f} GiB of {usable / 2**30:.2f}"
         return Row(
             candidate, topology, needed[0], 0, 0, usable, False, work, {}, seconds, note
