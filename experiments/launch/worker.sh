@@ -59,10 +59,10 @@ case $task in
         ;;
     run)
         trap : TERM # the command gets the signal too; this shell stays to write its status
-        . ./env.sh
+        . ./env.sh && rm env.sh # it may hold secrets; each start ships it anew
         cd code
         status=0
-        ../venv/bin/python -m "$@" >> ../log 2>&1 || status=$?
+        ../venv/bin/python -u -m "$@" >> ../log 2>&1 || status=$?
         echo "$status" > ../exit.part
         mv ../exit.part ../exit
         ;;

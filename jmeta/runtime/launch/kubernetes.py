@@ -19,7 +19,7 @@ from jmeta.runtime.launch.steps import LaunchError
 RUNS = "/runs"  # where the claim is mounted
 _ATTEMPT = "JMETA_RESTART_ATTEMPT"
 _BEGIN = (
-    "mkdir -p /tmp/code && tar -xzf {code} -C /tmp/code && cd /tmp/code || exit 1; "
+    'cd "$(mktemp -d)" && tar -xzf {code} || exit 1; '
     'if [ "${{JMETA_RESTART_ATTEMPT:-0}}" -gt 0 ]; then set -- "$@" --resume; fi; exec "$@"'
 )
 
@@ -112,7 +112,7 @@ def jobset(
     nodes = _nodes(config)
     resume = ["--resume"] if config.resume else []
     arguments = [
-        "python", "-m", *command, "--out", f"{RUNS}/{config.name}", *resume
+        "python", "-u", "-m", *command, "--out", f"{RUNS}/{config.name}", *resume
     ]  # fmt: skip
     begin = _BEGIN.format(code=code_path(config))
     fields: dict[str, Any] = {

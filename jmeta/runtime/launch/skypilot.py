@@ -84,7 +84,7 @@ def task(config: SkyPilot, command: Sequence[str], template: Mapping[str, Any]) 
         resources["infra"] = check_word(config.infra, "--infra", "A-Za-z0-9._/*-")
     run = shlex.quote(f"/runs/{config.name}")
     resume = ["--resume"] if config.resume else []
-    arguments = shlex.join(["-m", *command, "--out", f"/runs/{config.name}", *resume])
+    arguments = shlex.join(["-u", "-m", *command, "--out", f"/runs/{config.name}", *resume])
     lines = [
         # The task keeps its number when it is recovered: that is how a second start is known.
         f"set -- {arguments}",

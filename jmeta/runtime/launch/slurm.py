@@ -136,7 +136,7 @@ def script(config: Slurm, command: Sequence[str], template: str) -> str:
         "DIRECTIVES": "\n".join(f"#SBATCH {directive}" for directive in directives),
         "STAGE": shlex.quote(stage.as_posix()),
         "BEFORE": "\n".join(config.before) or ":",
-        "COMMAND": shlex.join([config.python, "-m", *command, "--out", out, *resume]),
+        "COMMAND": shlex.join([config.python, "-u", "-m", *command, "--out", out, *resume]),
         "RESTARTS": str(config.restarts),
     }
     # In one pass: a value may hold what looks like another's place.

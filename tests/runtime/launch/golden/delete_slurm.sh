@@ -1,0 +1,2 @@
+# cancel it
+scancel NUMBER

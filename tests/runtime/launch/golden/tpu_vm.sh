@@ -1,0 +1,141 @@
+# is the VM there?
+gcloud compute tpus tpu-vm describe n --format=json --zone=us-west4-a --quiet
+
+# if it is not there: create it
+gcloud compute tpus tpu-vm create n --accelerator-type=v5litepod-16 --version=v2-alpha-tpuv5-lite --zone=us-west4-a --quiet
+
+# every 15 s until it is READY, at most 3600 s
+gcloud compute tpus tpu-vm describe n --format=json --zone=us-west4-a --quiet
+
+# ship the code and install it, on all workers
+mkdir -p runs/n.launch
+cat > runs/n.launch/worker.sh <<'END_OF_FILE'
+#!/usr/bin/env bash
+# What is done on each machine of a run: install, start, status, log, pack, unpack, stop.
+# Everything lies in this script's folder: code/, venv/, run/, log, and exit once it has ended.
+set -euo pipefail
+
+venv() { # FOLDER PACKAGE: a virtual environment with Python 3.11 or newer, and the package in it
+    local python
+    for python in python3.13 python3.12 python3.11 python3; do
+        [ -x "$1/bin/python" ] && break
+        if "$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then
+            "$python" -m venv "$1"
+        fi
+    done
+    if [ ! -x "$1/bin/python" ]; then # Ubuntu 22.04 brings Python 3.10
+        python3 -m pip install --quiet --user uv
+        python3 -m uv venv --quiet --seed --python 3.12 "$1"
+    fi
+    "$1/bin/python" -m pip install --quiet --disable-pip-version-check "$2"
+}
+
+alive() { # begun, not ended, and not a zombie
+    local now
+    [ -f pid ] && [ ! -f exit ] && read -r _ _ now _ < "/proc/$(< pid)/stat" && [ "$now" != Z ]
+} 2> /dev/null
+
+stop() {
+    alive || return 0
+    kill -TERM -- "-$(< pid)" 2> /dev/null || true # a run that is asked saves a checkpoint
+    for _ in $(seq 300); do
+        alive || return 0
+        sleep 0.1
+    done
+    kill -KILL -- "-$(< pid)" 2> /dev/null || true
+}
+
+task=$1
+shift
+if [ "$task" = venv ]; then
+    venv "$@"
+    exit
+fi
+cd "$(dirname "$0")"
+
+case $task in
+    install)
+        rm -rf code && mkdir code
+        tar -xzf code.tar.gz -C code
+        venv venv './code[tpu]' > install.log 2>&1 || {
+            tail -n 5 install.log >&2
+            exit 1
+        }
+        ;;
+    start) # MODULE ARGUMENTS...: detached, so that it outlives the connection
+        stop
+        rm -f exit log
+        mkdir -p run
+        nohup setsid bash ./worker.sh run "$@" > /dev/null 2>&1 < /dev/null &
+        echo $! > pid
+        ;;
+    run)
+        trap : TERM # the command gets the signal too; this shell stays to write its status
+        . ./env.sh && rm env.sh # it may hold secrets; each start ships it anew
+        cd code
+        status=0
+        ../venv/bin/python -u -m "$@" >> ../log 2>&1 || status=$?
+        echo "$status" > ../exit.part
+        mv ../exit.part ../exit
+        ;;
+    status)
+        state=lost
+        alive && state=running
+        [ -f pid ] || state=absent
+        [ -f exit ] && state="exited $(< exit)"
+        echo "worker $(hostname) $state"
+        ;;
+    log) # OFFSET: what the log holds after that many bytes
+        if [ -f log ]; then tail -c "+$(($1 + 1))" log; fi
+        ;;
+    pack)
+        tar -czf run.tar.gz.part -C run . || [ $? -eq 1 ] # 1: a file changed meanwhile
+        mv run.tar.gz.part run.tar.gz
+        ;;
+    unpack)
+        rm -rf run && mkdir run
+        tar -xzf run.tar.gz -C run
+        ;;
+    stop) stop ;;
+    *)
+        echo "worker.sh: no task $task" >&2
+        exit 2
+        ;;
+esac
+END_OF_FILE
+: > runs/n.launch/env.sh
+git archive --format=tar.gz --output=runs/n.launch/code.tar.gz HEAD
+gcloud compute tpus tpu-vm ssh n --worker=all '--command=mkdir -p jmeta-n && chmod 700 jmeta-n' --zone=us-west4-a --quiet
+gcloud compute tpus tpu-vm scp runs/n.launch/code.tar.gz runs/n.launch/worker.sh runs/n.launch/env.sh n:jmeta-n/ --worker=all --zone=us-west4-a --quiet
+gcloud compute tpus tpu-vm ssh n --worker=all '--command=bash jmeta-n/worker.sh install' --zone=us-west4-a --quiet
+
+# start the command on all workers, detached
+gcloud compute tpus tpu-vm ssh n --worker=all '--command=bash jmeta-n/worker.sh start experiments.reviews --preset full --out ../run' --zone=us-west4-a --quiet
+
+# every 15 s until all workers have ended: the state, each worker, what is new in the log
+gcloud compute tpus tpu-vm describe n --format=json --zone=us-west4-a --quiet
+gcloud compute tpus tpu-vm ssh n --worker=all '--command=bash jmeta-n/worker.sh status' --zone=us-west4-a --quiet
+gcloud compute tpus tpu-vm ssh n --worker=0 '--command=bash jmeta-n/worker.sh log 0' --zone=us-west4-a --quiet
+
+# every 300 s, and at the end: the run directory of worker 0
+gcloud compute tpus tpu-vm ssh n --worker=0 '--command=bash jmeta-n/worker.sh pack' --zone=us-west4-a --quiet
+gcloud compute tpus tpu-vm scp n:jmeta-n/run.tar.gz runs/n.launch/ --worker=0 --zone=us-west4-a --quiet
+rm -rf runs/n.new runs/n.old
+mkdir -p runs/n.new runs/n
+tar -xzf runs/n.launch/run.tar.gz -C runs/n.new
+mv runs/n runs/n.old
+mv runs/n.new runs/n
+rm -rf runs/n.old
+
+# at the end: each worker's log
+mkdir -p runs/n.launch/logs
+gcloud compute tpus tpu-vm ssh n --worker=all '--command=bash jmeta-n/worker.sh log 0' --output-directory=runs/n.launch/logs --zone=us-west4-a --quiet
+
+# after a preemption, at most 10 times: delete, create, ship and install as above, then
+gcloud compute tpus tpu-vm delete n --zone=us-west4-a --quiet
+gcloud compute tpus tpu-vm scp runs/n.launch/run.tar.gz n:jmeta-n/ --worker=all --zone=us-west4-a --quiet
+gcloud compute tpus tpu-vm ssh n --worker=all '--command=bash jmeta-n/worker.sh unpack' --zone=us-west4-a --quiet
+gcloud compute tpus tpu-vm ssh n --worker=all '--command=bash jmeta-n/worker.sh start experiments.reviews --preset full --out ../run --resume' --zone=us-west4-a --quiet
+
+# at the end, however it comes, unless the VM was there before
+gcloud compute tpus tpu-vm delete n --zone=us-west4-a --quiet

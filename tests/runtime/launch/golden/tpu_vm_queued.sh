@@ -1,0 +1,56 @@
+# is the VM there?
+gcloud compute tpus tpu-vm describe n --format=json --zone=us-west4-a --project=p --quiet
+
+# if it is not there: create it
+gcloud compute tpus queued-resources create n --node-id=n --accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite --spot --zone=us-west4-a --project=p --quiet
+
+# every 15 s until the queued resource is ACTIVE
+gcloud compute tpus queued-resources describe n --format=json --zone=us-west4-a --project=p --quiet
+
+# every 15 s until it is READY, at most 3600 s
+gcloud compute tpus tpu-vm describe n --format=json --zone=us-west4-a --project=p --quiet
+
+# ship the code and install it, on all workers
+mkdir -p runs/n.launch
+cat > runs/n.launch/worker.sh <<'END_OF_FILE'
+...
+END_OF_FILE
+: > runs/n.launch/env.sh
+git archive --format=tar.gz --output=runs/n.launch/code.tar.gz HEAD
+tar -czf runs/n.launch/run.tar.gz -C runs/n .
+gcloud compute tpus tpu-vm ssh n --worker=all '--command=mkdir -p jmeta-n && chmod 700 jmeta-n' --internal-ip --zone=us-west4-a --project=p --quiet
+gcloud compute tpus tpu-vm scp runs/n.launch/code.tar.gz runs/n.launch/worker.sh runs/n.launch/env.sh n:jmeta-n/ --worker=all --internal-ip --zone=us-west4-a --project=p --quiet
+gcloud compute tpus tpu-vm ssh n --worker=all '--command=bash jmeta-n/worker.sh install' --internal-ip --zone=us-west4-a --project=p --quiet
+
+# start the command on all workers, detached
+gcloud compute tpus tpu-vm scp runs/n.launch/run.tar.gz n:jmeta-n/ --worker=all --internal-ip --zone=us-west4-a --project=p --quiet
+gcloud compute tpus tpu-vm ssh n --worker=all '--command=bash jmeta-n/worker.sh unpack' --internal-ip --zone=us-west4-a --project=p --quiet
+gcloud compute tpus tpu-vm ssh n --worker=all '--command=bash jmeta-n/worker.sh start experiments.reviews --preset full --out ../run --resume' --internal-ip --zone=us-west4-a --project=p --quiet
+
+# every 15 s until all workers have ended: the state, each worker, what is new in the log
+gcloud compute tpus tpu-vm describe n --format=json --zone=us-west4-a --project=p --quiet
+gcloud compute tpus tpu-vm ssh n --worker=all '--command=bash jmeta-n/worker.sh status' --internal-ip --zone=us-west4-a --project=p --quiet
+gcloud compute tpus tpu-vm ssh n --worker=0 '--command=bash jmeta-n/worker.sh log 0' --internal-ip --zone=us-west4-a --project=p --quiet
+
+# every 300 s, and at the end: the run directory of worker 0
+gcloud compute tpus tpu-vm ssh n --worker=0 '--command=bash jmeta-n/worker.sh pack' --internal-ip --zone=us-west4-a --project=p --quiet
+gcloud compute tpus tpu-vm scp n:jmeta-n/run.tar.gz runs/n.launch/ --worker=0 --internal-ip --zone=us-west4-a --project=p --quiet
+rm -rf runs/n.new runs/n.old
+mkdir -p runs/n.new runs/n
+tar -xzf runs/n.launch/run.tar.gz -C runs/n.new
+mv runs/n runs/n.old
+mv runs/n.new runs/n
+rm -rf runs/n.old
+
+# at the end: each worker's log
+mkdir -p runs/n.launch/logs
+gcloud compute tpus tpu-vm ssh n --worker=all '--command=bash jmeta-n/worker.sh log 0' --output-directory=runs/n.launch/logs --internal-ip --zone=us-west4-a --project=p --quiet
+
+# after a preemption, at most 10 times: delete, create, ship and install as above, then
+gcloud compute tpus queued-resources delete n --force --zone=us-west4-a --project=p --quiet
+gcloud compute tpus tpu-vm scp runs/n.launch/run.tar.gz n:jmeta-n/ --worker=all --internal-ip --zone=us-west4-a --project=p --quiet
+gcloud compute tpus tpu-vm ssh n --worker=all '--command=bash jmeta-n/worker.sh unpack' --internal-ip --zone=us-west4-a --project=p --quiet
+gcloud compute tpus tpu-vm ssh n --worker=all '--command=bash jmeta-n/worker.sh start experiments.reviews --preset full --out ../run --resume' --internal-ip --zone=us-west4-a --project=p --quiet
+
+# after success, unless the VM was there before
+gcloud compute tpus queued-resources delete n --force --zone=us-west4-a --project=p --quiet
