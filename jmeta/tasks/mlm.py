@@ -15,7 +15,7 @@ from jmeta.data.cache import cache_key, cached_arrays
 from jmeta.files import cache_dir
 from jmeta.tasks.feeding import Batch, ExampleSource
 from jmeta.tasks.text import TextTask
-from jmeta.tasks.tokenizer import Unified, token_ids
+from jmeta.tasks.tokenizer import Unified, cache_name, token_ids
 
 MLM = TextTask("MLM", 1)
 
@@ -38,7 +38,7 @@ def corpus(texts: Sequence[str], vocabulary: Unified) -> Corpus:
     Raises:
         ValueError: no text has a token.
     """
-    key = cache_key(texts=list(texts), tokenizer=vocabulary.fingerprint)
+    key = cache_key(texts=list(texts), tokenizer=cache_name(vocabulary))
 
     def make() -> dict[str, np.ndarray]:
         ids = [each for each in token_ids(vocabulary.tokenizer, texts) if len(each)]

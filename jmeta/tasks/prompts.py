@@ -13,7 +13,7 @@ import numpy as np
 from jmeta.data.cache import cache_key, cached_arrays
 from jmeta.files import cache_dir
 from jmeta.tasks.questions import Question
-from jmeta.tasks.tokenizer import Pieces, Vocabulary, token_ids, token_pieces
+from jmeta.tasks.tokenizer import Pieces, Vocabulary, cache_name, token_ids, token_pieces
 from jmeta.tasks.windows import windows
 
 UNANSWERABLE = "unanswerable"  # what is said where there is no answer
@@ -122,7 +122,7 @@ def _cached(
     key = cache_key(
         version=_VERSION,
         questions=list(questions),
-        tokenizer=vocabulary.fingerprint,
+        tokenizer=cache_name(vocabulary),
         settings=[kind, positions, stride, longest_question, room],
     )
     return Prompts(

@@ -15,7 +15,7 @@ from jmeta.data.cache import cache_key, cached_arrays
 from jmeta.files import cache_dir
 from jmeta.tasks.questions import Question
 from jmeta.tasks.scores import Score, squad, squad2
-from jmeta.tasks.tokenizer import Pieces, Vocabulary, token_ids, token_pieces
+from jmeta.tasks.tokenizer import Pieces, Vocabulary, cache_name, token_ids, token_pieces
 from jmeta.tasks.windows import windows
 
 _VERSION = 1  # part of every cache key: raise it when the encoding changes
@@ -81,7 +81,7 @@ def encode(
     key = cache_key(
         version=_VERSION,
         questions=list(questions),
-        tokenizer=vocabulary.fingerprint,
+        tokenizer=cache_name(vocabulary),
         positions=positions,
         stride=stride,
         longest_question=longest_question,

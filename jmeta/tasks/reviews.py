@@ -19,7 +19,7 @@ from jmeta.files import cache_dir
 from jmeta.tasks.episodes import Sample, task_generator
 from jmeta.tasks.rows import label, read_columns, rows_of, text
 from jmeta.tasks.text import HIDDEN
-from jmeta.tasks.tokenizer import Vocabulary, token_ids
+from jmeta.tasks.tokenizer import Vocabulary, cache_name, token_ids
 
 LABELS = ("negative", "positive")  # 0 and 1
 LOW_RESOURCE = ("automotive", "computer_&_video_games", "office_products")
@@ -191,7 +191,7 @@ def encode(reviews: Reviews, vocabulary: Vocabulary, *, positions: int = 128) ->
     if room < 1:
         raise ValueError(f"{positions} positions leave no room for a token of the text")
     key = cache_key(
-        texts=reviews.texts, tokenizer=vocabulary.fingerprint, positions=positions, version=1
+        texts=reviews.texts, tokenizer=cache_name(vocabulary), positions=positions, version=1
     )
 
     def make() -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ import numpy as np
 from jmeta.core.types import Array
 from jmeta.data.cache import cache_key, cached_arrays
 from jmeta.files import cache_dir
-from jmeta.tasks.tokenizer import Pieces, Unified, token_ids, token_pieces
+from jmeta.tasks.tokenizer import Pieces, Unified, cache_name, token_ids, token_pieces
 from jmeta.tasks.windows import pair_windows, windows
 
 HIDDEN = -1  # the label of an example whose label is not given, as in a test set
@@ -136,7 +136,7 @@ def encode(
         version=_VERSION,
         task=task,
         examples=list(examples),
-        tokenizer=vocabulary.fingerprint,
+        tokenizer=cache_name(vocabulary),
         positions=positions,
         stride=stride,
     )

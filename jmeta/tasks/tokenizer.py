@@ -44,7 +44,7 @@ class Vocabulary(NamedTuple):
         sep: ``[SEP]`` or ``</s>``, or None.
         mask: ``[MASK]`` or ``<mask>``, or None.
         eos: what ends a text, ``<|endoftext|>``, ``</s>`` or ``[SEP]``, or None.
-        fingerprint: names the tokeniser in the key of a cache.
+        fingerprint: a hash of the tokeniser.
     """
 
     tokenizer: Tokenizer
@@ -69,7 +69,7 @@ class Unified(NamedTuple):
         cls: ids of ``[CLS0] ... [CLS29]``: ``cls[k]`` begins every example of task k.
         ordinary: int32 ids that are no special token.
         added: the special tokens that the tokeniser did not have; they come after its own ids.
-        fingerprint: names the tokeniser in the key of a cache.
+        fingerprint: a hash of the tokeniser.
     """
 
     tokenizer: Tokenizer
@@ -81,6 +81,12 @@ class Unified(NamedTuple):
     ordinary: np.ndarray
     added: tuple[str, ...]
     fingerprint: str
+
+
+def cache_name(words: Vocabulary | Unified) -> list[object]:
+    """What of a vocabulary goes into the key of a cache: the tokeniser and the special ids."""
+    skipped = ("tokenizer", "ordinary", "added")
+    return [value for name, value in words._asdict().items() if name not in skipped]
 
 
 class Pieces(NamedTuple):

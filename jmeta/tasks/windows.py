@@ -61,7 +61,8 @@ def shares(first: int, second: int, room: int) -> tuple[int, int]:
     if first + second <= room:
         return first, second
     if first > second:  # an odd token goes to the longer, or to the second
-        return shares(second, first, room)[::-1]
+        kept = min(second, room // 2)
+        return room - kept, kept
     kept = min(first, room // 2)
     return kept, room - kept
 

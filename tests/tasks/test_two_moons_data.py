@@ -2,9 +2,16 @@ import numpy as np
 import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
+from jmeta.tasks.feeding import text_batches
+from jmeta.tasks.mlm import corpus, masked
+from jmeta.tasks.text import HIDDEN, batch, encode
 from jmeta.tasks.two_moons import (
     TEST,
+    WHICH_MOON,
+    as_text,
     moon_episodes,
+    moon_examples,
+    moon_vocabulary,
     moons,
     sequences,
     to_grid,
@@ -87,3 +94,38 @@ def test_episodes_do_not_depend_on_the_number_of_tasks():
     np.testing.assert_array_equal(
         np.bincount(many["y"][many["mask"] == 1]), [many["mask"].sum() / 2] * 2
     )
+
+
+def test_every_number_is_one_token():
+    words = moon_vocabulary()
+    assert words.size <= 512
+    tokens = [words.tokenizer.encode(str(i)).ids for i in range(64)]
+    assert {len(ids) for ids in tokens} == {1}
+    assert len({ids[0] for ids in tokens}) == 64
+
+
+def test_the_labelled_task_in_the_unified_format(text_cache):
+    words = moon_vocabulary()
+    cells, labels = which_moon(40)
+    examples = moon_examples(cells, labels)
+    assert examples[0].a == f"{cells[0, 0]} {cells[0, 1]}"
+    found = batch(encode(WHICH_MOON, examples, words, positions=34), np.arange(40))
+    x, y = (words.tokenizer.encode(str(n)).ids[0] for n in cells[7])
+    assert found["tokens"][7, :5].tolist() == [words.cls[2], x, y, words.sep, words.pad]
+    says = np.where(labels == 1, words.cls[2], words.sep)
+    np.testing.assert_array_equal(found["labels"][:, :4], np.repeat(says[:, None], 4, 1))
+    assert (found["labels"][:, 4:] == words.pad).all()
+    np.testing.assert_array_equal(found["y"], labels)
+    assert {e.label for e in moon_examples(cells)} == {HIDDEN}  # the cells of the plane
+    assert text_batches(encode(WHICH_MOON, examples, words, positions=34), 8)(0, 0)["y"].size == 8
+
+
+def test_sequences_are_texts_of_thirty_four_positions(toy, text_cache):
+    words = moon_vocabulary()
+    texts = as_text(toy.validation[:50])
+    source = masked(corpus(texts, words), words, 34, select=0.0)
+    drawn = source.draw(np.random.default_rng(0), 20)
+    assert (drawn["mask"] == 1).all()
+    said = {words.tokenizer.decode(row[1:-1].tolist()).strip() for row in drawn["tokens"]}
+    assert said <= set(texts)
+    assert len(said) == 20
