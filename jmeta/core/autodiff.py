@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import core as jex
 
+from jmeta.core.tracing import contains, dense, is_primal, variables_read
+from jmeta.core.trajectory import scan_from_carries
 from jmeta.core.types import Array, Key, LossFn, PyTree
 
 InnerGradFn: TypeAlias = Callable[[PyTree, PyTree, PyTree, Key], tuple[Array, PyTree, PyTree]]
@@ -139,17 +141,17 @@ def _with_rule(loss: LossFn, rule: Callable[..., tuple[Any, Any]]) -> InnerGradF
 
 def _hessian_vector(value: Callable, weights: Any, perturbed: Any, value_bar: Any, grads_bar: Any):
     """Forward over reverse: one Jacobian-vector product of the gradient."""
-    direction = [_dense(bar) for bar in grads_bar]
+    direction = [dense(bar) for bar in grads_bar]
 
     def product(weights: Any, perturbed: Any, direction: Any):
         gradients = lambda w: jax.grad(value, argnums=(0, 1))(w, perturbed)  # noqa: E731
         return jax.jvp(gradients, (weights,), (direction,))
 
-    if _contains(jax.make_jaxpr(value)(weights, perturbed), "custom_vjp_call") and _contains(
+    if contains(jax.make_jaxpr(value)(weights, perturbed), "custom_vjp_call") and contains(
         jax.make_jaxpr(product)(weights, perturbed, direction), "custom_lin"
     ):  # a custom_vjp whose forward rule calls the function itself has no jvp: reverse this step
         both = lambda w, p: (value(w, p), jax.grad(value)(w, p))  # noqa: E731
-        return jax.vjp(both, weights, perturbed)[1]((_dense(value_bar), direction))
+        return jax.vjp(both, weights, perturbed)[1]((dense(value_bar), direction))
     first, second = product(weights, perturbed, direction)
     if isinstance(value_bar, SymbolicZero):
         return second
@@ -186,7 +188,7 @@ def _primitive(
         # Only inputs that are being differentiated get a cotangent; the others stay constants.
         perturbed = {p: leaf.value for p, leaf in moving.items() if leaf.perturbed}
         constant = {p: leaf.value for p, leaf in moving.items() if not leaf.perturbed}
-        constant |= jax.tree.map(lambda leaf: leaf.value, static, is_leaf=_is_primal)
+        constant |= jax.tree.map(lambda leaf: leaf.value, static, is_leaf=is_primal)
         weights = [leaf.value for leaf in weights]
         return inner_gradient(
             weights,
@@ -207,74 +209,6 @@ def _primitive(
 
     inner_gradient.defvjp(forward, backward, symbolic_zeros=True)
     return inner_gradient(weights, moving, static)
-
-
-def _is_primal(leaf: Any) -> bool:
-    return hasattr(leaf, "perturbed")
-
-
-def _dense(cotangent: Any) -> Array:
-    if isinstance(cotangent, SymbolicZero):
-        zero: Any = cotangent
-        return jnp.zeros(zero.shape, zero.dtype)
-    return cotangent
-
-
-def _contains(jaxpr: Any, name: str) -> bool:
-    """Whether a primitive occurs in a jaxpr, or in one that it calls."""
-    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        if eqn.primitive.name == name:
-            return True
-        for value in eqn.params.values():
-            for item in value if isinstance(value, tuple | list) else (value,):
-                body = getattr(item, "jaxpr", item)
-                if hasattr(body, "eqns") and _contains(body, name):
-                    return True
-    return False
-
-
-def variables_read(jaxpr: Any, outputs: Sequence[Any]) -> set[Any]:
-    """The variables of a jaxpr on which some of its outputs depend.
-
-    Calls (``jit``, ``remat``) are followed inside; loops, conditionals and functions with a
-    derivative rule of their own (which may read what the function itself does not) count all
-    their inputs as read, which is never wrong, only less sharp.
-
-    Args:
-        jaxpr: an open jaxpr.
-        outputs: some of its output variables.
-
-    Returns:
-        The set of variables that can reach them, inputs and constants among them.
-
-    Example:
-        >>> jaxpr = jax.make_jaxpr(lambda x, y: (x * 2, y))(1.0, 1.0).jaxpr
-        >>> read = variables_read(jaxpr, [jaxpr.outvars[0]])
-        >>> [v in read for v in jaxpr.invars]
-        [True, False]
-    """
-    live = {v for v in outputs if not isinstance(v, jex.Literal)}
-    for eqn in reversed(jaxpr.eqns):
-        wanted = [i for i, v in enumerate(eqn.outvars) if v in live]
-        if not wanted:
-            continue
-        inner = next(
-            (eqn.params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in eqn.params), None
-        )
-        body: Any = getattr(inner, "jaxpr", inner)
-        if (
-            body is not None
-            and eqn.primitive.name not in ("scan", "while", "cond")
-            and not eqn.primitive.name.startswith("custom_")
-            and len(body.invars) == len(eqn.invars)
-            and len(body.outvars) == len(eqn.outvars)
-        ):
-            read = variables_read(body, [body.outvars[i] for i in wanted])
-            sources = [v for v, b in zip(eqn.invars, body.invars, strict=True) if b in read]
-        else:
-            sources = eqn.invars
-        live.update(v for v in sources if not isinstance(v, jex.Literal))
-    return live
 
 
 def scan_steps(
@@ -313,10 +247,10 @@ def scan_steps(
         raise ValueError(f"remat is {remat!r}; choose one of {', '.join(get_args(Remat))}")
     if remat == "none":
         return jax.lax.scan(step, carry, xs, length=length)
+    if remat == "step" or length < 4:
+        return scan_from_carries(step, carry, xs, length)
     # Inside a scan nothing can be merged across the recomputation, so no barrier is needed.
     step = jax.checkpoint(step, prevent_cse=False)
-    if remat == "step" or length < 4:
-        return jax.lax.scan(step, carry, xs, length=length)
     size = block_length(length)
     count = length // size
     whole = count * size

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jmeta.core.autodiff import variables_read
 from jmeta.core.inner import checked, encode_episode, final, keys, start, step_batches
+from jmeta.core.tracing import variables_read
 from jmeta.core.tree import names, require_inexact
 from jmeta.core.types import Episode, Key, Problem, PyTree, Steps
 

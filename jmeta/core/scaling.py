@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.extend import core as jex
 
-from jmeta.core.autodiff import variables_read
+from jmeta.core.tracing import variables_read
 from jmeta.core.types import Array, LossFn, PyTree
 
 _ALIASES = ("convert_element_type", "copy", "broadcast_in_dim")

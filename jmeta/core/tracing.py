@@ -1,0 +1,86 @@
+"""Reading jaxprs: what depends on what, and which primitives occur.
+
+The parts of automatic differentiation that look at a traced function without running it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.extend import core as jex
+
+from jmeta.core.types import Array
+
+
+def is_primal(leaf: Any) -> bool:
+    """Whether a leaf is what ``custom_vjp(symbolic_zeros=True)`` hands to a forward rule."""
+    return hasattr(leaf, "perturbed")
+
+
+def dense(cotangent: Any) -> Array:
+    """A cotangent as an array, a symbolic zero too."""
+    if isinstance(cotangent, SymbolicZero):
+        zero: Any = cotangent
+        return jnp.zeros(zero.shape, zero.dtype)
+    return cotangent
+
+
+def contains(jaxpr: Any, name: str) -> bool:
+    """Whether a primitive occurs in a jaxpr, or in one that it calls."""
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        if eqn.primitive.name == name:
+            return True
+        for value in eqn.params.values():
+            for item in value if isinstance(value, tuple | list) else (value,):
+                body = getattr(item, "jaxpr", item)
+                if hasattr(body, "eqns") and contains(body, name):
+                    return True
+    return False
+
+
+def variables_read(jaxpr: Any, outputs: Sequence[Any]) -> set[Any]:
+    """The variables of a jaxpr on which some of its outputs depend.
+
+    Calls (``jit``, ``remat``) are followed inside; loops, conditionals and functions with a
+    derivative rule of their own (which may read what the function itself does not) count all
+    their inputs as read, which is never wrong, only less sharp.
+
+    Args:
+        jaxpr: an open jaxpr.
+        outputs: some of its output variables.
+
+    Returns:
+        The set of variables that can reach them, inputs and constants among them.
+
+    Example:
+        >>> import jax
+        >>> jaxpr = jax.make_jaxpr(lambda x, y: (x * 2, y))(1.0, 1.0).jaxpr
+        >>> read = variables_read(jaxpr, [jaxpr.outvars[0]])
+        >>> [v in read for v in jaxpr.invars]
+        [True, False]
+    """
+    live = {v for v in outputs if not isinstance(v, jex.Literal)}
+    for eqn in reversed(jaxpr.eqns):
+        wanted = [i for i, v in enumerate(eqn.outvars) if v in live]
+        if not wanted:
+            continue
+        inner = next(
+            (eqn.params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in eqn.params), None
+        )
+        body: Any = getattr(inner, "jaxpr", inner)
+        if (
+            body is not None
+            and eqn.primitive.name not in ("scan", "while", "cond")
+            and not eqn.primitive.name.startswith("custom_")
+            and len(body.invars) == len(eqn.invars)
+            and len(body.outvars) == len(eqn.outvars)
+        ):
+            read = variables_read(body, [body.outvars[i] for i in wanted])
+            sources = [v for v, b in zip(eqn.invars, body.invars, strict=True) if b in read]
+        else:
+            sources = eqn.invars
+        live.update(v for v in sources if not isinstance(v, jex.Literal))
+    return live
