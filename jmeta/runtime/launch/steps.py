@@ -27,11 +27,14 @@ class LaunchError(Exception):
     """Why a launch ended, in one sentence for its user."""
 
 
+TIMED_OUT = 124  # the status that timeout(1) gives
+
+
 class CommandError(LaunchError):
-    """A command line ended with a status other than zero.
+    """A command line ended with a status other than zero, or took too long.
 
     Attributes:
-      status: its exit status.
+      status: its exit status, or ``TIMED_OUT``.
       stderr: what it wrote to standard error.
     """
 
@@ -139,8 +142,9 @@ def run(step: Step, redact: Callable[[str], str] = str) -> str:
       What it wrote to standard output; bytes that are not UTF-8 are escaped as surrogates.
 
     Raises:
-      CommandError: it failed; the message ends with the last line of its standard error.
-      LaunchError: the program is not there, or it took too long.
+      CommandError: it took too long, or failed; the message then ends with the last line of its
+        standard error.
+      LaunchError: the program is not there.
 
     Example:
       >>> run(Step(("echo", "$HOME")))
@@ -164,7 +168,8 @@ def run(step: Step, redact: Callable[[str], str] = str) -> str:
         _raise_pending()
         written = child.communicate(timeout=step.timeout)
     except subprocess.TimeoutExpired as error:
-        raise LaunchError(f"{doing(step)} took longer than {step.timeout:g} s") from error
+        said = f"{doing(step)} took longer than {step.timeout:g} s"
+        raise CommandError(said, TIMED_OUT, "") from error
     finally:
         _end(child)
     out, err = (text.decode(errors="surrogateescape") for text in written)

@@ -144,7 +144,10 @@ def always(error: CommandError) -> bool:
 
 def _is_connection(error: CommandError) -> bool:
     signs = ("return code [255]", "connection refused", "connection timed out", "connection reset")
-    return error.status == 255 or any(sign in error.stderr.lower() for sign in signs)
+    # A machine that is switched off does not refuse: its connections hang.
+    return error.status in (255, steps.TIMED_OUT) or any(
+        sign in error.stderr.lower() for sign in signs
+    )
 
 
 def check_there(h: Host) -> str:

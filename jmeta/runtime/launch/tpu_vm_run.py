@@ -4,6 +4,7 @@ Whatever happens, what this launch created is deleted, unless its user said othe
 """
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import NoReturn
@@ -117,7 +118,10 @@ def delete(h: Host) -> None:
 def _finish(h: Host, begun: bool, created: bool, success: bool) -> None:
     config = h.config
     if begun:
-        if not success:  # asked to end, a run saves a checkpoint, and that is brought back
+        if not success:
+            # Asked to end, a run saves a checkpoint, and that is brought back. One attempt: the VM
+            # may not answer any more, and costs while it is waited for.
+            h = h._replace(config=dataclasses.replace(config, attempts=1))
             with contextlib.suppress(LaunchError):
                 h.run(h.commands.stop)
         try:

@@ -12,6 +12,8 @@ from launch_world import (
     processes,
 )
 
+from jmeta.runtime.launch import steps
+
 
 def test_a_run_on_a_tpu_vm_from_nothing_to_nothing(world):
     status, out, err = world.run(TPU)
@@ -70,6 +72,15 @@ def test_a_run_that_is_preempted_too_often_ends(world):
 def test_a_worker_that_ends_because_its_vm_is_taken_away_has_not_failed(world):
     world.program('case "$*" in *--resume*) exit 0 ;; esac; exit 1')
     world.cue({"on": "tpu-vm describe", "from": 4, "to": 4, "state": "PREEMPTED"})
+    status, out, _ = world.run(TPU)
+    assert status == 0
+    assert "restart 1/10" in out
+
+
+def test_a_connection_that_hangs_because_the_vm_is_gone_is_a_preemption(world):
+    world.program('case "$*" in *--resume*) exit 0 ;; esac; $WAIT')
+    hangs = {"stderr": "", "status": steps.TIMED_OUT, "from": 1, "to": 1}
+    world.cue({"on": "ssh status", "state": "PREEMPTED", **hangs})
     status, out, _ = world.run(TPU)
     assert status == 0
     assert "restart 1/10" in out
@@ -193,9 +204,12 @@ def test_delete_says_when(world, policy, works, deleted):
 
 
 def test_a_detached_run_is_followed_fetched_and_deleted_later(world):
-    world.program('echo saved > "$out/ckpt"; echo began; sleep 0.2')
+    world.program('echo saved > "$out/ckpt"; echo began; sleep 1')
     place = TPU[:-2]
     assert world.run(TPU, "--detach")[0] == 0
+    assert processes(world)
+    world.cue({"on": "ssh status", "to": 1, "signal": "SIGINT"})
+    assert world.run(["follow", *place])[0] == 130
     assert processes(world)
     status, out, _ = world.run(["follow", *place])
     assert status == 0
