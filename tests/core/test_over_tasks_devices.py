@@ -188,9 +188,10 @@ def test_plain_jax_inside_shard_map_is_silently_wrong(meta, episodes, line):
     }
     for name, function in wrong.items():
         grads = function(meta, episodes)
-        ratio = float(optax.tree.norm(grads) / optax.tree.norm(right))
-        assert relative_error(grads, right) > 0.5, name
-        assert not 0.8 < ratio < 1.25, (name, ratio)  # a wrong length; the direction is wrong too
+        lengths = optax.tree.norm(grads), optax.tree.norm(right)
+        cosine = optax.tree.vdot(grads, right) / (lengths[0] * lengths[1])
+        assert lengths[0] > 13 * lengths[1], name
+        assert cosine < 0.5, name
 
 
 def test_the_right_forms_are_right_in_plain_jax(meta, episodes, line):
