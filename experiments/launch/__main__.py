@@ -93,7 +93,9 @@ def parse(argv: Sequence[str]) -> tuple[str, Any, list[str]]:
     prefix = "" if verb == "launch" else f"{verb} "
     prog = f"python -m experiments.launch {prefix}{backend}"
     config = (LAUNCHES if verb == "launch" else PLACES)[backend]
-    return verb, tyro.cli(config, args=words, prog=prog), command
+    # A tuple is given by repeating its flag: --env A=1 --env B=2.
+    parsed = tyro.cli(config, args=words, prog=prog, config=(tyro.conf.UseAppendAction,))
+    return verb, parsed, command
 
 
 def plan(verb: str, config: Any, command: Sequence[str]) -> list[steps.Section]:

@@ -10,10 +10,11 @@ gcloud compute tpus tpu-vm describe n --format=json --zone=us-west4-a --quiet
 # ship the code and install it, on all workers
 mkdir -p runs/n.launch
 cat > runs/n.launch/worker.sh <<'END_OF_FILE'
-...
+# all of experiments/launch/worker.sh
 END_OF_FILE
 cat > runs/n.launch/env.sh <<'END_OF_FILE'
 export A='b c'
+export B=1
 END_OF_FILE
 git archive --format=tar.gz --output=runs/n.launch/code.tar.gz HEAD
 gcloud compute tpus tpu-vm ssh n --worker=all '--command=mkdir -p jmeta-n && chmod 700 jmeta-n' --zone=us-west4-a --quiet

@@ -13,7 +13,7 @@ gcloud compute tpus tpu-vm describe n --format=json --zone=us-west4-a --project=
 # ship the code and install it, on all workers
 mkdir -p runs/n.launch
 cat > runs/n.launch/worker.sh <<'END_OF_FILE'
-...
+# all of experiments/launch/worker.sh
 END_OF_FILE
 : > runs/n.launch/env.sh
 git archive --format=tar.gz --output=runs/n.launch/code.tar.gz HEAD
