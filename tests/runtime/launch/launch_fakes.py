@@ -45,7 +45,8 @@ def on_cue(argv):
     """The first cue whose words are all in the call, and whose turn it is."""
     cues = load("cues", [])
     for cue in cues:
-        if all(word in " ".join(argv) for word in cue["on"].split()):
+        ready = "after" not in cue or os.path.exists(at(cue["after"]))
+        if ready and all(word in " ".join(argv) for word in cue["on"].split()):
             cue["seen"] = cue.get("seen", 0) + 1
             save("cues", cues)
             if cue["seen"] < cue.get("from", 1) or cue["seen"] > cue.get("to", 10**9):

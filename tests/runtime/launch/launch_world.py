@@ -44,6 +44,7 @@ case "$*" in
 esac
 echo saved > "$out/ckpt"
 echo began
+touch "$FAKE/began"
 $WAIT
 """
 

@@ -44,9 +44,9 @@ def test_a_slurm_job_from_the_queue_to_the_end(world):
 def test_a_slurm_job_is_told_before_its_limit_and_queued_again(world):
     world.program(
         'case "$*" in *--resume*) echo went on; exit 0 ;; esac\n'
-        "trap 'echo saved; exit 1' TERM; echo began; $WAIT"
+        "trap 'echo saved; exit 1' TERM; echo began; touch $FAKE/began; $WAIT"
     )
-    world.cue({"on": "squeue", "from": 8, "to": 8, "usr1": True})
+    world.cue({"on": "squeue", "after": "began", "to": 1, "usr1": True})
     status, shown, err = world.run(SLURM, "--out", str(world.repo / "runs" / "b"))
     assert (status, err) == (0, "")
     assert shown.index("began") < shown.index("saved") < shown.index("went on")

@@ -14,6 +14,9 @@ from launch_world import (
 
 from jmeta.runtime.launch import steps
 
+# At the fourth look after the run began: by then it was copied.
+TAKEN = {"on": "ssh status", "after": "began", "from": 4, "to": 4, "state": "PREEMPTED"}
+
 
 def test_a_run_on_a_tpu_vm_from_nothing_to_nothing(world):
     status, out, err = world.run(TPU)
@@ -32,7 +35,7 @@ def test_a_run_on_a_tpu_vm_from_nothing_to_nothing(world):
 
 def test_everything_that_is_run_was_printed_by_the_dry_run(world):
     world.program(SAVES_AND_WAITS)
-    world.cue({"on": "ssh status", "from": 2, "to": 2, "state": "PREEMPTED"})
+    world.cue(TAKEN)
     options = ["--sync", "0", "--restarts", "1", "--spot", "--queued", "--project", "p"]
     _, shown, _ = world.run(TPU, *options, "--dry-run")
     assert world.calls() == []
@@ -51,7 +54,7 @@ def test_everything_that_is_run_was_printed_by_the_dry_run(world):
 @pytest.mark.parametrize("queued", [[], ["--queued", "--spot"]], ids=["plain", "queued"])
 def test_a_preempted_run_goes_on_where_it_was(world, queued):
     world.program(SAVES_AND_WAITS)
-    world.cue({"on": "tpu-vm describe", "from": 6, "to": 6, "state": "PREEMPTED"})
+    world.cue(TAKEN)
     status, out, err = world.run(TPU, "--sync", "0", "--restarts", "1", *queued)
     assert (status, err) == (0, "")
     assert "restart 1/1" in out
@@ -151,8 +154,9 @@ def test_a_worker_that_vanishes_is_noticed(world):
     ("moment", "name"), [("create", "SIGINT"), ("install", "SIGTERM"), ("ssh status", "SIGINT")]
 )
 def test_an_interrupted_launch_cleans_up(world, moment, name):
-    world.program("trap 'echo late > ../run/ckpt; exit' TERM; $WAIT")
-    world.cue({"on": moment, "signal": name, "to": 1})
+    world.program("trap 'echo late > ../run/ckpt; exit' TERM; touch $FAKE/began; $WAIT")
+    after = {"after": "began"} if moment == "ssh status" else {}
+    world.cue({"on": moment, "signal": name, "to": 1, **after})
     result = world.run(TPU)
     assert_failed(world, result, "interrupted", name, status=130)
     assert not (world.fake / "vm").exists()
@@ -204,13 +208,16 @@ def test_delete_says_when(world, policy, works, deleted):
 
 
 def test_a_detached_run_is_followed_fetched_and_deleted_later(world):
-    world.program('echo saved > "$out/ckpt"; echo began; sleep 1')
+    world.program(
+        'echo saved > "$out/ckpt"; echo began; until [ -e $FAKE/finish ]; do sleep 0.1; done'
+    )
     place = TPU[:-2]
     assert world.run(TPU, "--detach")[0] == 0
     assert processes(world)
     world.cue({"on": "ssh status", "to": 1, "signal": "SIGINT"})
     assert world.run(["follow", *place])[0] == 130
     assert processes(world)
+    (world.fake / "finish").touch()
     status, out, _ = world.run(["follow", *place])
     assert status == 0
     assert "began" in out
