@@ -67,7 +67,7 @@ def array_batches(arrays: Any, size: int) -> Callable[[int, int], Any]:
         size: rows of a batch.
 
     Returns:
-        ``(seed, step) -> `` the same pytree with ``[size, ...]``.
+        ``(seed, step) -> batch``: the same pytree with ``[size, ...]``.
 
     Raises:
         ValueError: the arrays differ in length, or there is no row.
@@ -91,7 +91,7 @@ def text_batches(encoded: Encoded, size: int) -> Callable[[int, int], Batch]:
         size: examples of a batch.
 
     Returns:
-        ``(seed, step) -> `` a batch as ``text.batch`` makes it, ``[size, positions]``.
+        ``(seed, step) -> batch``, as ``text.batch`` makes it, ``[size, positions]``.
     """
     rows = shuffled(len(encoded.label), size)
     first, count = _windows_of(encoded)
@@ -131,7 +131,7 @@ class ExampleSource(NamedTuple):
     Attributes:
         name: what errors call it.
         examples: how many distinct examples there are.
-        draw: ``(generator, k) -> `` a batch of k distinct examples, ``[k, positions]``.
+        draw: ``(generator, k) -> batch`` of k distinct examples, ``[k, positions]``.
     """
 
     name: str
