@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jmeta.core.types import Array, Key
-from jmeta.models import blocks
+from jmeta.models import blocks, heads
 
 Params = dict[str, Any]
 
@@ -173,7 +173,7 @@ def logits(
     states = hidden(config, params, tokens, mask, key)
     table = params["embed"]["tokens"]
     flat = states.reshape(-1, config.width)
-    return blocks.unembed(flat, table).reshape(*tokens.shape, table.shape[0])
+    return heads.unembed(flat, table).reshape(*tokens.shape, table.shape[0])
 
 
 def pooled(
@@ -196,7 +196,7 @@ def pooled(
     Returns:
         ``[..., width]``, at least float32.
     """
-    return blocks.mean_pool(hidden(config, params, tokens, mask, key), mask)
+    return heads.mean_pool(hidden(config, params, tokens, mask, key), mask)
 
 
 def next_token_loss(
@@ -245,10 +245,8 @@ def next_token_loss(
     # One gather serves inputs and targets, so one scatter-add serves their gradients.
     rows = jnp.take(table, tokens, axis=0, mode="clip")
     states = _trunk(config, params, rows, mask, key)
-    # The last position, without a target, is kept with weight zero: round shapes multiply faster.
     counts = jnp.ones(tokens.shape, states.dtype) if weights is None else weights
-    counts = jnp.concatenate([counts[..., 1:], jnp.zeros_like(counts[..., :1])], -1)
-    loss, total = blocks.token_loss(states, table, jnp.roll(rows, -1, axis=-2), counts, None)
+    loss, total = heads.next_token_loss(states, table, rows, counts)
     return loss, {"tokens": total}
 
 

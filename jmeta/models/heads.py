@@ -1,0 +1,245 @@
+"""Heads and losses that encoders and decoders share, under one masking rule: pads enter nothing.
+
+A batch is a dict: ``tokens``, and as far as there ``mask``, ``segments``, ``positions`` and labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from jmeta.core.types import Array, Key
+from jmeta.models import blocks, losses
+
+Params = dict[str, Any]
+Batch: TypeAlias = Mapping[str, Array]
+
+LEAST_NORM = 1e-12  # what sentence embeddings are divided by at least
+
+
+def logsumexp(scores: Array) -> Array:
+    """The log of the sum of exponentials over the last axis."""
+    shift = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+    return jnp.log(jnp.exp(scores - shift).sum(-1)) + shift[..., 0]
+
+
+def unembed(flat: Array, table: Array) -> Array:
+    """``[n, width]`` states to ``[n, vocab]`` scores, accumulated in at least float32."""
+    return jax.lax.dot_general(
+        flat,
+        table.astype(flat.dtype),
+        (((1,), (1,)), ((), ())),
+        preferred_element_type=blocks.accumulate(flat.dtype),
+    )
+
+
+def token_loss(
+    states: Array, table: Array, rows: Array, weights: Array, bias: tuple[Array, Array] | None
+) -> tuple[Array, Array]:
+    r"""Weighted mean negative log-likelihood of target tokens under a tied decoder.
+
+    .. math::
+        L = \frac{\sum_i w_i \left(\log \sum_v e^{h_i \cdot E_v + c_v} - h_i \cdot E_{y_i}
+            - c_{y_i}\right)}{\sum_i w_i}
+
+    Nothing but the scores has ``[n, vocab]`` entries: a target's score is the product of the
+    state and its embedding row, never picked out of a log-softmax.
+
+    Args:
+        states: ``[..., width]``.
+        table: the embedding ``E``, ``[vocab, width]``.
+        rows: the targets' rows of it, ``[..., width]``.
+        weights: ``[...]``; if they sum to zero, so does the loss.
+        bias: the decoder's ``c``, ``[vocab]``, and its entries at the targets, ``[...]``.
+
+    Returns:
+        The loss and the sum of the weights, both at least float32.
+    """
+    exact = blocks.accumulate(states.dtype)
+    flat = states.reshape(-1, states.shape[-1])
+    rows = rows.reshape(flat.shape).astype(states.dtype).astype(exact)
+    picked = (flat.astype(exact) * rows).sum(-1)
+    scores = unembed(flat, table)
+    if bias is not None:
+        scores = scores + bias[0].astype(exact)[None]
+        picked = picked + bias[1].reshape(-1).astype(exact)
+    losses = logsumexp(scores) - picked
+    counts = weights.reshape(-1).astype(exact)
+    total = counts.sum()
+    return (losses * counts).sum() / jnp.where(total == 0, 1, total), total
+
+
+def next_token_loss(
+    states: Array, table: Array, rows: Array, weights: Array
+) -> tuple[Array, Array]:
+    """``token_loss`` of every token given the state before it.
+
+    Args:
+        states: ``[..., time, width]``.
+        table: the embedding, ``[vocab, width]``.
+        rows: the tokens' rows of it, ``[..., time, width]``.
+        weights: ``[..., time]``: of each token as a target; the first of a sequence is never one.
+
+    Returns:
+        The loss and the sum of the weights.
+    """
+    # The last position, without a target, is kept with weight zero: round shapes multiply faster.
+    counts = jnp.concatenate([weights[..., 1:], jnp.zeros_like(weights[..., :1])], -1)
+    return token_loss(states, table, jnp.roll(rows, -1, axis=-2), counts, None)
+
+
+def mean_pool(states: Array, mask: Array | None) -> Array:
+    """The mean of the states over tokens; zero for a sequence without any.
+
+    Args:
+        states: ``[..., time, width]``.
+        mask: ``[..., time]``, 1 for tokens, 0 for padding; None: every position counts.
+
+    Returns:
+        ``[..., width]``, at least float32.
+    """
+    states = states.astype(blocks.accumulate(states.dtype))
+    if mask is None:
+        return states.mean(-2)
+    # where, not multiplication: a sequence without tokens may hold anything at its positions.
+    keep = (mask != 0)[..., None]
+    total = jnp.where(keep, states, 0).sum(-2)
+    return total / jnp.maximum(keep.sum(-2), 1).astype(states.dtype)
+
+
+def unit(x: Array) -> Array:
+    r"""Vectors of length one; what is shorter than 1e-12 is divided by that instead.
+
+    .. math:: x / \max(\lVert x \rVert_2, 10^{-12})
+
+    Args:
+        x: ``[..., width]``.
+
+    Returns:
+        ``[..., width]``, with finite derivatives of every order at zero too.
+
+    Example:
+        >>> unit(jnp.array([[3.0, 4.0], [0.0, 0.0]])).tolist()
+        [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
+    """
+    square = (x * x).sum(-1, keepdims=True)
+    # Twice where: the branch that is not taken must not have an infinite derivative either.
+    long = square > LEAST_NORM**2
+    return x * jnp.where(long, jax.lax.rsqrt(jnp.where(long, square, 1)), 1 / LEAST_NORM)
+
+
+def last_token(states: Array, mask: Array | None) -> Array:
+    """The state of the last real token, whichever side the padding is on.
+
+    Args:
+        states: ``[..., time, width]``.
+        mask: ``[..., time]``, 1 for tokens, 0 for padding; None: every position is a token.
+
+    Returns:
+        ``[..., width]``; of a sequence without tokens its first state.
+
+    Example:
+        >>> last_token(jnp.arange(3.0)[:, None], jnp.array([0, 1, 0])).tolist()
+        [1.0]
+    """
+    if mask is None:
+        return states[..., -1, :]
+    place = jnp.arange(mask.shape[-1]).reshape((1,) * (mask.ndim - 1) + (-1,))
+    last = jnp.where(mask != 0, place, 0).max(-1, keepdims=True)
+    # A sum over a one-hot: its transpose is no scatter.
+    chosen = (place == last)[..., None]
+    return jnp.where(chosen, states, 0).sum(-2)
+
+
+def span_scores(states: Array, layer: Params, mask: Array | None) -> Array:
+    """Scores of every position as the start and as the end of an answer.
+
+    Args:
+        states: ``[..., time, width]``.
+        layer: the linear layer, ``{"kernel" [width, 2], "bias" [2]}``.
+        mask: ``[..., time]``, 1 for tokens, 0 for padding, which can be neither start nor end.
+
+    Returns:
+        ``[..., time, 2]``, at least float32.
+    """
+    scores = blocks.linear(states, layer)
+    scores = scores.astype(blocks.accumulate(scores.dtype))
+    return scores if mask is None else jnp.where((mask != 0)[..., None], scores, blocks.MASKED)
+
+
+def span_loss(scores: Array, start: Array, end: Array) -> Array:
+    """The mean cross-entropy of start and end; a place outside of the window does not count.
+
+    Args:
+        scores: ``[..., time, 2]`` of ``span_scores``.
+        start: ``[...]`` int, the answer's first token.
+        end: ``[...]`` int, its last.
+
+    Returns:
+        A scalar.
+    """
+    time = scores.shape[-2]
+
+    def half(scores: Array, place: Array) -> Array:
+        inside = (place >= 0) & (place < time)
+        return losses.cross_entropy(scores, place, inside)
+
+    return (half(scores[..., 0], start) + half(scores[..., 1], end)) / 2
+
+
+def class_loss(scores: Array, batch: Batch) -> tuple[Array, dict[str, Array]]:
+    """The loss of a classification head on ``batch["y"]``, or of a regression with one output.
+
+    Args:
+        scores: ``[..., labels]``.
+        batch: ``y`` ``[...]``: the class (below 0: hidden, does not count), or with one label a
+            number; an example whose ``mask`` is all padding does not count.
+
+    Returns:
+        The loss, and ``{"accuracy"}``, or ``{}`` of a regression.
+    """
+    y = batch["y"]
+    counts = jnp.ones(y.shape, bool) if batch.get("mask") is None else (batch["mask"] != 0).any(-1)
+    if scores.shape[-1] == 1:
+        return losses.squared_error(scores[..., 0], y.astype(scores.dtype), counts), {}
+    counts = counts & (y >= 0)
+    value = losses.cross_entropy(scores, y, counts)
+    return value, {"accuracy": losses.accuracy(scores, y, counts)}
+
+
+def targets(batch: Batch) -> tuple[Array, Array]:
+    """What is to be predicted at each position, and how much it weighs.
+
+    Args:
+        batch: ``labels`` ``[..., time]`` int (below 0: none here; missing: the tokens), and
+            ``weights`` (missing: 1 where there is a label that is no padding).
+
+    Returns:
+        ``labels`` and ``weights``, both ``[..., time]``.
+    """
+    labels = batch.get("labels")
+    tokens, mask = batch["tokens"], batch.get("mask")
+    labels = tokens if labels is None else labels
+    counts = labels >= 0 if mask is None else (labels >= 0) & (mask != 0)
+    weights = batch.get("weights")
+    if weights is None:
+        weights = counts.astype(jnp.float32)
+    else:
+        weights = jnp.where(labels >= 0, weights, jnp.zeros_like(weights))
+    return jnp.where(labels >= 0, labels, 0), weights
+
+
+def split(key: Key) -> tuple[Key, Key]:
+    """One key for the body, one for the head; or none for either."""
+    if key is None:
+        return None, None
+    body, head = jax.random.split(key)
+    return body, head
+
+
+def stacks(params: Params) -> list[Params]:
+    """The stacks of blocks in the order they run: ``blocks``, then ``top`` if there is one."""
+    return [params[name] for name in ("blocks", "top") if name in params]
