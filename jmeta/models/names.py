@@ -1,0 +1,445 @@
+"""What transformers calls each tensor and each setting of BERT, RoBERTa, DistilBERT and GPT-2.
+
+Tensors and settings that mean the same are the same here, whatever their names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from jmeta.models import bert, gpt2
+
+Config: TypeAlias = bert.BertConfig | gpt2.GPT2Config
+Head: TypeAlias = Literal["masked_lm", "causal_lm", "classify", "spans"] | None
+
+_MODEL = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert", "gpt2": "GPT2"}
+_SUFFIX: dict[Head, str] = {
+    None: "Model",
+    "masked_lm": "ForMaskedLM",
+    "causal_lm": "LMHeadModel",
+    "classify": "ForSequenceClassification",
+    "spans": "ForQuestionAnswering",
+}
+_PREFIX = {"bert": "bert.", "roberta": "roberta.", "distilbert": "distilbert."}
+_GELU = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+
+
+class Tensor(NamedTuple):
+    """One leaf of the parameters in a checkpoint.
+
+    Attributes:
+        path: the leaf, dotted: ``blocks.attn.query.kernel``.
+        name: the tensor; ``{}`` stands for the layer of a stacked leaf.
+        transposed: whether it is stored as ``[out, in]``.
+    """
+
+    path: str
+    name: str
+    transposed: bool = False
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the leaf has a leading layer axis."""
+        return "{}" in self.name
+
+
+def kind(config: Config) -> str:
+    """What ``config.json`` calls the architecture: ``model_type``."""
+    return config.kind if isinstance(config, bert.BertConfig) else "gpt2"
+
+
+def prefix(config: Config) -> str:
+    """What stands before the body's tensors where there is a head."""
+    return _PREFIX.get(kind(config), "transformer.")
+
+
+def full_name(config: Config, tensor: Tensor) -> str:
+    """A tensor's name in a checkpoint of this model, prefix and all.
+
+    Args:
+        config: the model.
+        tensor: one of ``tensors(config)``.
+
+    Returns:
+        The name, with ``{}`` for the layer of a stacked leaf.
+
+    Example:
+        >>> config = gpt2.GPT2Config(vocab=11, width=8, layers=2, heads=2, max_len=5)
+        >>> [full_name(config._replace(head=head), tensors(config)[0])
+        ...  for head in (None, "causal_lm")]
+        ['wte.weight', 'transformer.wte.weight']
+    """
+    body = not tensor.path.startswith("head.") or tensor.name.startswith("pooler.")
+    return prefix(config) + tensor.name if body and config.head is not None else tensor.name
+
+
+def tensors(config: Config) -> list[Tensor]:
+    """The tensors of a model: body and head, without the body's prefix.
+
+    Args:
+        config: the model.
+
+    Returns:
+        One entry for each leaf of its parameters.
+
+    Example:
+        >>> config = gpt2.GPT2Config(vocab=11, width=8, layers=2, heads=2, max_len=5)
+        >>> tensors(config)[0]
+        Tensor(path='embed.tokens', name='wte.weight', transposed=False)
+    """
+    return [*_body(config), *head_tensors(config)]
+
+
+def head_tensors(config: Config) -> list[Tensor]:
+    """The tensors of a model's head.
+
+    BERT's pooler belongs to its body, but it is the ``dense`` of its classifier.
+
+    Args:
+        config: the model.
+
+    Returns:
+        One entry for each leaf of ``params["head"]``.
+    """
+    model = kind(config)
+    if config.head == "spans":
+        return _linear("head.out", "qa_outputs")
+    if model == "gpt2":
+        if config.head != "classify":
+            return []
+        return [Tensor("head.out.kernel", "score.weight", True)]
+    if config.head == "classify":
+        dense, out = {
+            "bert": ("pooler.dense", "classifier"),
+            "roberta": ("classifier.dense", "classifier.out_proj"),
+            "distilbert": ("pre_classifier", "classifier"),
+        }[model]
+        return [*_linear("head.dense", dense), *_linear("head.out", out)]
+    if config.head == "masked_lm":
+        dense, norm, bias = {
+            "bert": (
+                "cls.predictions.transform.dense",
+                "cls.predictions.transform.LayerNorm",
+                "cls.predictions.bias",
+            ),
+            "roberta": ("lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),
+            "distilbert": ("vocab_transform", "vocab_layer_norm", "vocab_projector.bias"),
+        }[model]
+        return [*_linear("head.dense", dense), *_norm("head.ln", norm), Tensor("head.bias", bias)]
+    return []
+
+
+def pooler(config: Config) -> list[Tensor]:
+    """BERT's pooler, which a checkpoint without a head may hold and which nothing here uses."""
+    if kind(config) != "bert" or config.head is not None:
+        return []
+    return _linear("pooler", "pooler.dense")
+
+
+def canonical(name: str) -> str:
+    """A tensor's name as transformers writes it today: ``gamma`` and ``beta`` are older."""
+    return re.sub(r"\.beta$", ".bias", re.sub(r"\.gamma$", ".weight", name))
+
+
+def redundant(name: str) -> bool:
+    """Whether a tensor says nothing: a buffer, or a decoder that is tied to the embedding."""
+    return bool(
+        re.search(r"(^|\.)(position_ids|token_type_ids|masked_bias)$", name)
+        or re.search(r"(^|\.)h\.\d+\.attn\.bias$", name)  # GPT-2's causal mask
+        or name
+        in {
+            "cls.predictions.decoder.weight",
+            "cls.predictions.decoder.bias",
+            "lm_head.decoder.weight",
+            "lm_head.decoder.bias",
+            "lm_head.weight",
+            "vocab_projector.weight",
+        }
+    )
+
+
+def of_a_head(name: str) -> bool:
+    """Whether a tensor, without prefix, belongs to a head that transformers puts on a model."""
+    heads = r"cls|lm_head|classifier|pre_classifier|qa_outputs|score|vocab_\w+"
+    return bool(re.match(rf"({heads}|pooler)\.", name))
+
+
+def read_settings(
+    settings: Mapping[str, Any], head: Head | Literal["saved", "none"] = "saved"
+) -> Config:
+    """A config from the contents of ``config.json``.
+
+    Args:
+        settings: the parsed file.
+        head: the head wanted; ``"saved"``: the one that the file names.
+
+    Returns:
+        A ``BertConfig`` or a ``GPT2Config``.
+
+    Raises:
+        ValueError: an architecture or a variant of one that jmeta does not have.
+
+    Example:
+        >>> config = read_settings({"model_type": "bert", "vocab_size": 30522, "hidden_size": 384,
+        ...     "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536})
+        >>> config.layers, config.head, config.max_len
+        (6, None, 512)
+    """
+    model = settings.get("model_type")
+    if model not in _MODEL:
+        raise ValueError(
+            f"config.json has model_type={model!r}; jmeta has {', '.join(map(repr, _MODEL))}"
+        )
+    for name, refused in {
+        "is_decoder": True,
+        "add_cross_attention": True,
+        "scale_attn_by_inverse_layer_idx": True,
+        "scale_attn_weights": False,
+    }.items():
+        if settings.get(name) is refused:
+            raise ValueError(f"config.json has {name}={refused}, which jmeta's {model} does not do")
+    if settings.get("position_embedding_type", "absolute") != "absolute":
+        raise ValueError(
+            f"config.json has position_embedding_type={settings['position_embedding_type']!r}; "
+            "jmeta has absolute positions only"
+        )
+    chosen = _saved_head(model, settings) if head == "saved" else None if head == "none" else head
+    if chosen == ("masked_lm" if model == "gpt2" else "causal_lm"):
+        raise ValueError(f"{model} has no head {chosen!r}")
+    if chosen in ("masked_lm", "causal_lm") and settings.get("tie_word_embeddings") is False:
+        raise ValueError(
+            "config.json has tie_word_embeddings=False; jmeta's decoder is the transposed embedding"
+        )
+    named = settings.get("id2label")
+    labels = settings.get("num_labels", 2 if named is None else len(named))
+    read = {"gpt2": _read_gpt2, "distilbert": _read_distilbert}.get(model, _read_bert)
+    return read(settings, chosen, labels)
+
+
+def write_settings(config: Config) -> dict[str, Any]:
+    """The contents of a ``config.json`` from which transformers builds the same model.
+
+    Args:
+        config: the model.
+
+    Returns:
+        A dict for JSON.
+
+    Example:
+        >>> config = gpt2.GPT2Config(vocab=11, width=8, layers=2, heads=2, max_len=5)
+        >>> read_settings(write_settings(config)) == config._replace(ff=32)
+        True
+    """
+    model = kind(config)
+    shared = {
+        "model_type": model,
+        "architectures": [_MODEL[model] + _SUFFIX[config.head]],
+        "vocab_size": config.vocab,
+        "pad_token_id": config.pad_id,
+        "tie_word_embeddings": True,
+    }
+    if config.head == "classify":
+        shared["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.labels)}
+        shared["label2id"] = {f"LABEL_{i}": i for i in range(config.labels)}
+    ff = config.ff or 4 * config.width
+    if isinstance(config, gpt2.GPT2Config):
+        return shared | {
+            "n_embd": config.width,
+            "n_layer": config.layers,
+            "n_head": config.heads,
+            "n_positions": config.max_len,
+            "n_inner": ff,
+            "activation_function": "gelu_new" if config.gelu == "tanh" else "gelu",
+            "embd_pdrop": config.dropout,
+            "resid_pdrop": config.dropout,
+            "attn_pdrop": config.attention_dropout,
+            "layer_norm_epsilon": config.eps,
+        }
+    activation = "gelu" if config.gelu == "exact" else "gelu_new"
+    if model == "distilbert":
+        if config.eps != 1e-12:
+            raise ValueError(f"DistilBERT normalises with eps=1e-12, the config has {config.eps}")
+        return shared | {
+            "dim": config.width,
+            "n_layers": config.layers,
+            "n_heads": config.heads,
+            "max_position_embeddings": config.max_len,
+            "hidden_dim": ff,
+            "activation": activation,
+            "dropout": config.dropout,
+            "attention_dropout": config.attention_dropout,
+            "seq_classif_dropout": config.head_dropout,
+        }
+    return shared | {
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "max_position_embeddings": config.max_len + bert.first_position(config),
+        "intermediate_size": ff,
+        "type_vocab_size": config.types,
+        "hidden_act": activation,
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.attention_dropout,
+        "classifier_dropout": config.head_dropout,
+        "layer_norm_eps": config.eps,
+    }
+
+
+def _saved_head(model: str, settings: Mapping[str, Any]) -> Head:
+    named = (settings.get("architectures") or [f"{_MODEL[model]}Model"])[0]
+    if named == "BertForPreTraining":
+        return "masked_lm"
+    for head, suffix in _SUFFIX.items():
+        if named == _MODEL[model] + suffix:
+            return head
+    raise ValueError(
+        f"config.json names the architecture {named}, whose head jmeta does not have; say which "
+        'head you want, or head="none" for the body alone'
+    )
+
+
+def _activation(name: str) -> Any:
+    if name not in _GELU:
+        raise ValueError(f"config.json has the activation {name!r}; jmeta has {sorted(_GELU)}")
+    return _GELU[name]
+
+
+def _read_bert(settings: Mapping[str, Any], head: Any, labels: int) -> bert.BertConfig:
+    model = settings["model_type"]
+    pad = settings.get("pad_token_id", 1 if model == "roberta" else 0)
+    dropout = settings.get("hidden_dropout_prob", 0.1)
+    last = settings.get("classifier_dropout")
+    return bert.BertConfig(
+        vocab=settings.get("vocab_size", 50265 if model == "roberta" else 30522),
+        width=settings.get("hidden_size", 768),
+        layers=settings.get("num_hidden_layers", 12),
+        heads=settings.get("num_attention_heads", 12),
+        max_len=settings.get("max_position_embeddings", 512)
+        - (pad + 1 if model == "roberta" else 0),
+        ff=settings.get("intermediate_size", 3072),
+        kind=model,
+        types=settings.get("type_vocab_size", 2),
+        head=head,
+        labels=labels,
+        pad_id=0 if pad is None else pad,
+        dropout=dropout,
+        attention_dropout=settings.get("attention_probs_dropout_prob", 0.1),
+        head_dropout=dropout if last is None else last,
+        gelu=_activation(settings.get("hidden_act", "gelu")),
+        eps=settings.get("layer_norm_eps", 1e-12),
+    )
+
+
+def _read_distilbert(settings: Mapping[str, Any], head: Any, labels: int) -> bert.BertConfig:
+    return bert.BertConfig(
+        vocab=settings.get("vocab_size", 30522),
+        width=settings.get("dim", 768),
+        layers=settings.get("n_layers", 6),
+        heads=settings.get("n_heads", 12),
+        max_len=settings.get("max_position_embeddings", 512),
+        ff=settings.get("hidden_dim", 3072),
+        kind="distilbert",
+        types=0,
+        head=head,
+        labels=labels,
+        pad_id=settings.get("pad_token_id") or 0,
+        dropout=settings.get("dropout", 0.1),
+        attention_dropout=settings.get("attention_dropout", 0.1),
+        head_dropout=settings.get("seq_classif_dropout", 0.2),
+        gelu=_activation(settings.get("activation", "gelu")),
+    )
+
+
+def _read_gpt2(settings: Mapping[str, Any], head: Any, labels: int) -> gpt2.GPT2Config:
+    rates = {settings.get(name, 0.1) for name in ("resid_pdrop", "embd_pdrop")}
+    if len(rates) > 1:
+        raise ValueError(f"config.json has resid_pdrop and embd_pdrop of {rates}; jmeta has one")
+    width = settings.get("n_embd", 768)
+    return gpt2.GPT2Config(
+        vocab=settings.get("vocab_size", 50257),
+        width=width,
+        layers=settings.get("n_layer", 12),
+        heads=settings.get("n_head", 12),
+        max_len=settings.get("n_positions", 1024),
+        ff=settings.get("n_inner") or 4 * width,
+        head=head,
+        labels=labels,
+        pad_id=settings.get("pad_token_id"),
+        dropout=rates.pop(),
+        attention_dropout=settings.get("attn_pdrop", 0.1),
+        gelu=_activation(settings.get("activation_function", "gelu_new")),
+        eps=settings.get("layer_norm_epsilon", 1e-5),
+    )
+
+
+def _linear(path: str, name: str, transposed: bool = True) -> list[Tensor]:
+    return [
+        Tensor(f"{path}.kernel", f"{name}.weight", transposed),
+        Tensor(f"{path}.bias", f"{name}.bias"),
+    ]
+
+
+def _norm(path: str, name: str) -> list[Tensor]:
+    return [Tensor(f"{path}.scale", f"{name}.weight"), Tensor(f"{path}.bias", f"{name}.bias")]
+
+
+def _body(config: Config) -> list[Tensor]:
+    if isinstance(config, gpt2.GPT2Config):
+        return [
+            Tensor("embed.tokens", "wte.weight"),
+            Tensor("embed.positions", "wpe.weight"),
+            *_norm("blocks.ln1", "h.{}.ln_1"),
+            *_linear("blocks.attn.qkv", "h.{}.attn.c_attn", False),
+            *_linear("blocks.attn.out", "h.{}.attn.c_proj", False),
+            *_norm("blocks.ln2", "h.{}.ln_2"),
+            *_linear("blocks.mlp.up", "h.{}.mlp.c_fc", False),
+            *_linear("blocks.mlp.down", "h.{}.mlp.c_proj", False),
+            *_norm("ln_f", "ln_f"),
+        ]
+    layer, parts = _LAYERS["distilbert" if config.kind == "distilbert" else "bert"]
+    types = [Tensor("embed.types", "embeddings.token_type_embeddings.weight")]
+    return [
+        Tensor("embed.tokens", "embeddings.word_embeddings.weight"),
+        Tensor("embed.positions", "embeddings.position_embeddings.weight"),
+        *(types if config.types else []),
+        *_norm("embed.ln", "embeddings.LayerNorm"),
+        *(
+            tensor
+            for path, name in parts.items()
+            for tensor in (_norm if path.startswith("ln") else _linear)(
+                f"blocks.{path}", f"{layer}.{name}"
+            )
+        ),
+    ]
+
+
+_LAYERS = {
+    "bert": (
+        "encoder.layer.{}",
+        {
+            "attn.query": "attention.self.query",
+            "attn.key": "attention.self.key",
+            "attn.value": "attention.self.value",
+            "attn.out": "attention.output.dense",
+            "ln1": "attention.output.LayerNorm",
+            "mlp.up": "intermediate.dense",
+            "mlp.down": "output.dense",
+            "ln2": "output.LayerNorm",
+        },
+    ),
+    "distilbert": (
+        "transformer.layer.{}",
+        {
+            "attn.query": "attention.q_lin",
+            "attn.key": "attention.k_lin",
+            "attn.value": "attention.v_lin",
+            "attn.out": "attention.out_lin",
+            "ln1": "sa_layer_norm",
+            "mlp.up": "ffn.lin1",
+            "mlp.down": "ffn.lin2",
+            "ln2": "output_layer_norm",
+        },
+    ),
+}

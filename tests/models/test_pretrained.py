@@ -1,0 +1,342 @@
+"""Checkpoints: what is read is what was written, in one copy, and every difference has a name."""
+
+import json
+import pathlib
+import sys
+import tracemalloc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jmeta.models import bert, gpt2, names, pretrained, tensorfile
+from jmeta.models.pretrained import from_pretrained, to_pretrained
+
+BERT = bert.BertConfig(
+    vocab=13, width=8, layers=2, heads=2, max_len=6, ff=10, head="classify", labels=3
+)
+GPT2 = gpt2.GPT2Config(vocab=13, width=8, layers=2, heads=2, max_len=6, ff=10, head="causal_lm")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    params = bert.init(BERT, jax.random.key(0))
+    return to_pretrained(tmp_path / "bert", BERT, params)
+
+
+def tensors(folder):
+    found = tensorfile.contents([folder / "model.safetensors"])
+    return {name: tensorfile.read(stored) for name, stored in found.items()}
+
+
+def rewrite(folder, arrays, name="model.safetensors"):
+    lazy = {
+        n: tensorfile.Lazy(a.shape, str(a.dtype), lambda a=a: a) for n, a in arrays.items()
+    }  # fmt: skip
+    tensorfile.write(folder / name, lazy)
+
+
+def change(folder, **settings):
+    file = folder / "config.json"
+    kept = json.loads(file.read_text()) | settings
+    file.write_text(json.dumps({k: v for k, v in kept.items() if v is not None}))
+
+
+def same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
+@pytest.mark.parametrize("head", [None, "masked_lm", "classify", "spans"])
+def test_encoders_come_back_as_they_were(tmp_path, kind, head):
+    types = {"bert": 2, "roberta": 1, "distilbert": 0}[kind]
+    config = BERT._replace(kind=kind, head=head, types=types, pad_id=1, dropout=0.25)
+    config = config if head == "classify" else config._replace(labels=2)
+    params = jax.jit(bert.init, static_argnums=0)(config, jax.random.key(0))
+    model = from_pretrained(to_pretrained(tmp_path, config, params))
+    assert model.config == config
+    assert model.drawn == model.unused == ()
+    same(model.params, params)
+
+
+@pytest.mark.parametrize("head", [None, "causal_lm", "classify", "spans"])
+def test_decoders_come_back_as_they_were(tmp_path, head):
+    config = GPT2._replace(head=head, pad_id=3)
+    params = jax.jit(gpt2.init, static_argnums=0)(config, jax.random.key(0))
+    model = from_pretrained(to_pretrained(tmp_path, config, params))
+    assert model.config == config
+    same(model.params, params)
+    assert pretrained.model(model.config) is gpt2
+
+
+def test_kernels_are_transposed_and_stacked(folder):
+    params, stored = from_pretrained(folder).params, tensors(folder)
+    for i in range(2):
+        np.testing.assert_array_equal(
+            params["blocks"]["mlp"]["up"]["kernel"][i],
+            stored[f"bert.encoder.layer.{i}.intermediate.dense.weight"].T,
+        )
+    assert stored["classifier.weight"].shape == (3, 8)
+
+
+def test_shards_old_names_and_buffers(folder):
+    arrays = tensors(folder)
+    old = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): value
+        for name, value in arrays.items()
+    }
+    old["bert.embeddings.position_ids"] = np.arange(6)[None]
+    expected = from_pretrained(folder).params
+    half = len(old) // 2
+    shards = {
+        f"model-0000{i + 1}-of-00002.safetensors": dict(list(old.items())[cut])
+        for i, cut in enumerate([slice(None, half), slice(half, None)])
+    }
+    for name, part in shards.items():
+        rewrite(folder, part, name)
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {n: file for file, part in shards.items() for n in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    same(from_pretrained(folder).params, expected)
+    file = next(iter(shards))
+    rewrite(folder, dict(list(shards[file].items())[1:]), file)
+    missing = next(iter(shards[file]))
+    with pytest.raises(ValueError, match=f"{missing}.*has no such"):
+        from_pretrained(folder)
+
+
+def test_another_head_takes_the_body_and_says_what_it_left(folder):
+    body = from_pretrained(folder, head="none")
+    assert body.config.head is None
+    assert set(body.params) == {"embed", "blocks", "pooler"}
+    assert set(body.unused) == {"classifier.weight", "classifier.bias"}
+    with pytest.raises(ValueError, match=r"no head 'spans'.*key="):
+        from_pretrained(folder, head="spans")
+    spans = from_pretrained(folder, head="spans", key=jax.random.key(0))
+    assert set(spans.drawn) == {"head.out.kernel", "head.out.bias"}
+    assert set(spans.unused) == {
+        *(f"bert.pooler.dense.{k}" for k in ("weight", "bias")),
+        *(f"classifier.{k}" for k in ("weight", "bias")),
+    }
+    same(spans.params["blocks"], body.params["blocks"])
+
+
+def test_a_body_gets_a_classifier_and_keeps_its_pooler(folder, tmp_path):
+    body = from_pretrained(folder, head="none")
+    saved = to_pretrained(tmp_path / "body", body.config, body.params)
+    assert "pooler.dense.weight" in tensors(saved)
+    model = from_pretrained(saved, head="classify", labels=5, key=jax.random.key(0))
+    assert set(model.drawn) == {"head.out.kernel", "head.out.bias"}
+    assert model.params["head"]["out"]["kernel"].shape == (8, 5)
+    same(model.params["head"]["dense"], body.params["pooler"])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_dtype_at_load_and_back(folder, tmp_path, dtype):
+    exact, low = from_pretrained(folder).params, from_pretrained(folder, dtype=dtype)
+    same(low.params, jax.tree.map(lambda leaf: leaf.astype(dtype), exact))
+    saved = to_pretrained(tmp_path / "low", low.config, low.params, low.settings)
+    assert json.loads((saved / "config.json").read_text())["dtype"] == jnp.dtype(dtype).name
+    same(from_pretrained(saved).params, low.params)
+
+
+def test_sharded_at_load(folder):
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    read = []
+
+    def sharding(path, shape):
+        last = "model" if path.endswith("up.kernel") else None
+        return NamedSharding(mesh, PartitionSpec(*[None] * (len(shape) - 1), last))
+
+    params = from_pretrained(folder, sharding=sharding).params
+    same(params, from_pretrained(folder).params)
+    shards = params["blocks"]["mlp"]["up"]["kernel"].addressable_shards
+    assert [shard.data.shape for shard in shards] == [(2, 8, 5)] * 2
+    original = tensorfile.read
+
+    def spy(stored, index=()):
+        part = original(stored, index)
+        read.append((stored.name, part.shape))
+        return part
+
+    try:
+        tensorfile.read = spy
+        from_pretrained(folder, sharding=sharding)
+    finally:
+        tensorfile.read = original
+    # Stored as [out, in]: of each shard only its own rows are read.
+    assert {s for n, s in read if n.endswith("intermediate.dense.weight")} == {(5, 8)}
+
+
+def test_never_two_copies(tmp_path):
+    """Reading and writing need the model once, and beyond it no more than a leaf twice."""
+    config = GPT2._replace(width=256, layers=8, heads=4, vocab=512, ff=1024)
+    shapes = jax.eval_shape(lambda: gpt2.init(config, jax.random.key(0)))
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    leaf = max(leaf.nbytes for leaf in jax.tree.leaves(params))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert size > 3 * leaf
+    tracemalloc.start()
+    try:
+        to_pretrained(tmp_path, config, params)
+        written = tracemalloc.get_traced_memory()[1]
+        del params
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        model = from_pretrained(tmp_path)  # jax may keep or copy what numpy allocated
+        read = tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
+    assert model.config == config
+    assert written < leaf
+    assert read < size + 2 * leaf + 2**20
+
+
+RESIDENT = """
+import resource, sys
+import jax, jax.numpy as jnp
+from jmeta.models import gpt2, pretrained
+import safetensors.numpy, numpy
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+jnp.zeros(3).block_until_ready()
+before = peak()
+model = pretrained.from_pretrained(sys.argv[1])
+print(peak() - before, sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts resident memory in Linux's units")
+def test_resident_memory_of_reading(tmp_path):
+    import subprocess
+
+    config = GPT2._replace(width=512, layers=12, heads=4, vocab=512, ff=2048)
+    shapes = jax.eval_shape(lambda: gpt2.init(config, jax.random.key(0)))
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
+    leaf = max(leaf.nbytes for leaf in jax.tree.leaves(params))
+    to_pretrained(tmp_path, config, params)
+    done = subprocess.run(
+        [sys.executable, "-c", RESIDENT, str(tmp_path)],
+        capture_output=True, text=True, check=True,
+        cwd=pathlib.Path(__file__).parents[2],
+    )  # fmt: skip
+    grown, size = map(int, done.stdout.split())
+    assert size > 100 * 2**20
+    assert grown < size + 2 * leaf + 40 * 2**20
+    assert grown < 1.8 * size
+
+
+def test_a_truncated_file_names_the_tensor_that_is_cut(folder):
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    last = list(json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")]))[-1]
+    for cut, words in ((-4, f"truncated.*'{last}' of shape"), (100 - len(whole), "header")):
+        file.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match=words):
+            from_pretrained(folder)
+
+
+def test_missing_misshapen_and_unexpected_tensors_are_named(folder):
+    arrays = tensors(folder)
+    name = "bert.encoder.layer.1.attention.self.key.weight"
+    short = name.removeprefix("bert.")
+    rewrite(folder, {n: a for n, a in arrays.items() if n != name})
+    with pytest.raises(ValueError, match=f"no tensor '{short}' of shape .8, 8."):
+        from_pretrained(folder)
+    rewrite(folder, arrays | {name: np.zeros((9, 8), np.float32)})
+    with pytest.raises(ValueError, match=f"'{name}' has shape .9, 8., but config.json .*8, 8."):
+        from_pretrained(folder)
+    rewrite(folder, arrays | {"bert.encoder.relative": np.zeros((9, 8), np.float32)})
+    with pytest.raises(ValueError, match=r"'bert.encoder.relative' of shape .9, 8. is not part"):
+        from_pretrained(folder)
+    rewrite(folder, arrays | {name: np.zeros((8, 8), np.int8)})
+    with pytest.raises(ValueError, match=r"int8.*not quantised"):
+        from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_hidden_layers": 1}, "layer.1.*not part of a bert with 1 layers"),
+        ({"num_hidden_layers": 3}, "no tensor 'encoder.layer.2"),
+        ({"hidden_size": 16}, "'bert.embeddings.word_embeddings.weight' has shape .13, 8."),
+        ({"id2label": {"0": "a", "1": "b"}}, "'classifier.weight' has shape .3, 8.*2, 8"),
+        ({"model_type": "t5"}, "model_type='t5'; jmeta has 'bert'"),
+        ({"architectures": ["BertForTokenClassification"]}, "BertForTokenClassification.*head="),
+        ({"is_decoder": True}, "is_decoder=True"),
+        ({"position_embedding_type": "relative_key"}, "relative_key"),
+        ({"hidden_act": "relu"}, "activation 'relu'"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(folder, settings, words):
+    change(folder, **settings)
+    with pytest.raises(ValueError, match=words):
+        from_pretrained(folder)
+
+
+def test_pickles_are_refused_with_advice(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin.*any code.*save_pretrained"):
+        from_pretrained(folder)
+
+
+def test_offline_one_sentence_says_what_to_do(tmp_path):
+    for name in ("somebody/some-model", str(tmp_path / "nowhere"), "./nowhere"):
+        with pytest.raises(FileNotFoundError) as caught:
+            from_pretrained(name)
+        message = str(caught.value)
+        assert "give the path of a folder that holds config.json and" in message
+        assert "\n" not in message
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
+        from_pretrained(tmp_path)
+
+
+def test_writing_is_atomic_and_checked(folder, monkeypatch):
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    params = bert.init(BERT, jax.random.key(1))
+
+    def broken(*args):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tensorfile.os, "fsync", broken)
+        with pytest.raises(OSError, match="disk full"):
+            to_pretrained(folder, BERT, params)
+    assert before == {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(ValueError, match=r"attn.key.bias' has shape \(2, 8\).*means \(2, 4\)"):
+        to_pretrained(folder, BERT._replace(width=4), {**params, "embed": _narrow(params)})
+    with pytest.raises(ValueError, match=r"'embed.ln.bias'.*missing"):
+        to_pretrained(folder, BERT, {**params, "embed": {**params["embed"], "ln": {}}})
+    extra = {**params, "blocks": {**params["blocks"], "a": jnp.zeros(2)}}
+    with pytest.raises(ValueError, match="no such leaf"):
+        to_pretrained(folder, BERT, extra)
+
+
+def _narrow(params):
+    return jax.tree.map(lambda leaf: leaf[..., :4], params["embed"])
+
+
+def test_settings_survive(folder, tmp_path):
+    named = {"0": "low", "1": "middle", "2": "high"}
+    change(folder, id2label=named, label2id={v: int(k) for k, v in named.items()}, extra=7)
+    model = from_pretrained(folder)
+    saved = to_pretrained(tmp_path / "again", model.config, model.params, model.settings)
+    written = json.loads((saved / "config.json").read_text())
+    assert written["id2label"] == named
+    assert written["extra"] == 7
+    other = model.config._replace(labels=2)
+    head = bert.init_head(other, jax.random.key(0))
+    saved = to_pretrained(tmp_path / "b", other, {**model.params, "head": head}, model.settings)
+    assert from_pretrained(saved).config.labels == 2
+
+
+def test_every_head_of_every_model_has_its_names_once():
+    for config in (BERT, BERT._replace(kind="roberta"), BERT._replace(kind="distilbert"), GPT2):
+        for head in (None, "masked_lm", "causal_lm", "classify", "spans"):
+            listed = [names.full_name(config, t) for t in names.tensors(config._replace(head=head))]
+            assert len(listed) == len(set(listed))
