@@ -13,6 +13,7 @@ import numpy as np
 from jmeta.core.types import Array
 from jmeta.data.cache import cache_key, cached_arrays
 from jmeta.files import cache_dir
+from jmeta.tasks.inputs import frame
 from jmeta.tasks.questions import Question
 from jmeta.tasks.scores import Score, squad, squad2
 from jmeta.tasks.tokenizer import Pieces, Vocabulary, cache_name, token_ids, token_pieces
@@ -95,13 +96,11 @@ def encode(
 
 
 def _separators(vocabulary: Vocabulary) -> tuple[list[int], list[int], list[int]]:
-    """What stands before the question, between, and after the context."""
-    cls = vocabulary.cls if vocabulary.cls is not None else vocabulary.eos
-    sep = vocabulary.sep if vocabulary.sep is not None else vocabulary.eos
-    if cls is None or sep is None:
+    """What stands before the question, between, and after the context; the first says "none"."""
+    before, between, after = frame(vocabulary)
+    if not after:
         raise ValueError("the tokeniser has neither [CLS] and [SEP] nor an end of text to use")
-    twice = vocabulary.tokenizer.token_to_id("<s>") == cls
-    return [cls], [sep] * (1 + twice), [sep]
+    return before or after, between, after
 
 
 def _encode(

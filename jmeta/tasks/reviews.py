@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jmeta.core.types import Episode
-from jmeta.data.cache import cache_key, cached_arrays
 from jmeta.data.sources import Columns
-from jmeta.files import cache_dir
+from jmeta.tasks import inputs
 from jmeta.tasks.episodes import Sample, task_generator
 from jmeta.tasks.rows import label, read_columns, rows_of, text
 from jmeta.tasks.text import HIDDEN
-from jmeta.tasks.tokenizer import Vocabulary, cache_name, token_ids
+from jmeta.tasks.tokenizer import Vocabulary
 
 LABELS = ("negative", "positive")  # 0 and 1
 LOW_RESOURCE = ("automotive", "computer_&_video_games", "office_products")
@@ -184,32 +183,8 @@ def encode(reviews: Reviews, vocabulary: Vocabulary, *, positions: int = 128) ->
     Raises:
         ValueError: no position is left for the text.
     """
-    before = [] if vocabulary.cls is None else [vocabulary.cls]
-    end = vocabulary.eos if vocabulary.sep is None else vocabulary.sep
-    after = [] if end is None else [end]
-    room = positions - len(before) - len(after)
-    if room < 1:
-        raise ValueError(f"{positions} positions leave no room for a token of the text")
-    key = cache_key(
-        texts=reviews.texts, tokenizer=cache_name(vocabulary), positions=positions, version=1
-    )
-
-    def make() -> dict[str, np.ndarray]:
-        ids = token_ids(vocabulary.tokenizer, reviews.texts)
-        dtype = np.uint16 if vocabulary.size <= 2**16 else np.int32
-        tokens = np.full((len(ids), positions), vocabulary.pad, dtype)
-        length = np.zeros(len(ids), np.int32)
-        for i, each in enumerate(ids):
-            row = [*before, *each[:room], *after]
-            tokens[i, : len(row)], length[i] = row, len(row)
-        cut = np.asarray(sum(len(each) > room for each in ids))
-        return {"tokens": tokens, "length": length, "cut": cut}
-
-    arrays = cached_arrays(cache_dir() / f"text-reviews-{key}.npz", make)
-    return Encoded(
-        arrays["tokens"], arrays["length"], reviews.labels, reviews.domains, reviews.names,
-        int(arrays["cut"]),
-    )  # fmt: skip
+    tokens, length, _, cut = inputs.encode(reviews.texts, vocabulary, positions=positions)
+    return Encoded(tokens, length, reviews.labels, reviews.domains, reviews.names, cut)
 
 
 def sizes(reviews: Reviews | Encoded) -> dict[str, tuple[int, int]]:

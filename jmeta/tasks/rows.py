@@ -39,7 +39,9 @@ def rows_of(columns: Columns, name: str) -> list[Row]:
 
 
 def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value
+    value = value.item() if isinstance(value, np.generic) else value
+    # A column of numbers with a gap is read as floats, with NaN in the gap.
+    return None if isinstance(value, float) and value != value else value
 
 
 def field(row: Row, name: str) -> Any:

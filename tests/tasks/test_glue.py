@@ -133,3 +133,8 @@ def test_one_data_set_under_two_names_is_one(jmeta_data):
     same = [(e.a, e.b) in pairs for e in glue.read("RTE", "dev")]
     assert np.mean(same) > 0.8
     assert len(glue.read("STS-B", "dev")) == 1_500
+
+
+def test_a_gap_in_a_column_of_labels_is_a_hidden_label(tmp_path):
+    rows = [{"sentence": "x", "label": 1}, {"sentence": "y", "label": None}]
+    assert [e.label for e in glue.read("SST-2", path=written(tmp_path, rows))] == [1, HIDDEN]
