@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from jmeta.core.over_tasks import TASK_AXES
 from jmeta.core.tree import matches, path_name
-from jmeta.core.types import Info, MetaGradient, PyTree
+from jmeta.core.types import MetaGradient, PyTree
 from jmeta.runtime.train import TrainState, meta_trainer
 
 AXES = (*TASK_AXES, "tensor")
@@ -297,7 +297,7 @@ def sharded_step(
     mesh: Mesh,
     state: TrainState,
     rules: Rules,
-) -> Callable[[TrainState, PyTree], tuple[TrainState, Info]]:
+) -> jax.stages.Wrapped:
     """One outer step on a mesh, compiled when first called; the state's buffers are donated.
 
     ``.lower(abstract(state, state_shardings(...)), abstract(episodes, task_sharding(mesh)))``
