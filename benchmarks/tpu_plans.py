@@ -38,15 +38,15 @@ BATCH = {"sequences": 8, "tokens": 512}
 # state over fsdp, then the weights of a task over tensor.
 WHOLE = {"tasks": -1}
 MESHES: dict[str, dict[str, dict[str, int]]] = {
-    "v5e:2x4": {
-        "gpt2-355m": {"fsdp": 8},
-        "bert-large": {"fsdp": 8},
-        "gpt2-774m": {"fsdp": 2, "tensor": 4},
-    },
     "v5e:16x16": {
         "gpt2-355m": {"tasks": 32, "fsdp": 8},
         "bert-large": {"tasks": 32, "fsdp": 8},
         "gpt2-774m": {"tasks": 16, "fsdp": 4, "tensor": 4},
+    },
+    "v5e:2x4": {
+        "gpt2-355m": {"fsdp": 8},
+        "bert-large": {"fsdp": 8},
+        "gpt2-774m": {"fsdp": 2, "tensor": 4},
     },
     "v5p:4x4x4": {"gpt2-774m": {"tasks": 8, "fsdp": 8}},
 }
