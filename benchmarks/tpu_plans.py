@@ -48,7 +48,7 @@ MESHES: dict[str, dict[str, dict[str, int]]] = {
         "bert-large": {"fsdp": 8},
         "gpt2-774m": {"fsdp": 2, "tensor": 4},
     },
-    "v5p:4x4x4": {"gpt2-774m": {"tasks": 8, "fsdp": 8}},
+    "v5p:4x4x4": {"gpt2-774m": {"tasks": 16, "fsdp": 4}},
 }
 CHIPS = {"v5e:2x2": 4, "v5e:2x4": 8, "v5e:4x4": 16, "v5e:16x16": 256, "v5p:4x4x4": 64}
 

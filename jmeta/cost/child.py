@@ -39,7 +39,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
             usable=request["usable"],
             keep=None if keep is None else Path(keep).write_text,
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, NotImplementedError) as error:  # the last: of jax.make_mesh
         return {"refused": str(error)}
     return as_json(row)
 
