@@ -286,6 +286,10 @@ def _read_json(path: Path) -> Any:
                 rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     if isinstance(rows, dict):
         rows = [rows]
+    if all(isinstance(row, dict) for row in rows):
+        # pyarrow takes the first row's fields for all: name those of every row.
+        names = dict.fromkeys(name for row in rows for name in row)
+        rows = [{name: row.get(name) for name in names} for row in rows]
     return pa.Table.from_pylist(rows)
 
 

@@ -130,6 +130,17 @@ def test_a_file_without_split_column_is_its_own_train_split(tmp_path):
         from_datasets(tmp_path / "a.jsonl", split="test")
 
 
+@pytest.mark.parametrize("kind", [".json", ".jsonl"])
+def test_a_field_that_the_first_row_lacks_is_read_all_the_same(tmp_path, kind):
+    rows = [{"text": "a"}, {"text": "b", "label": "x", "idx": 3}]
+    path = tmp_path / f"a{kind}"
+    write(path, rows, kind)
+    columns = from_datasets(path)
+    assert columns["label"] == [None, "x"]
+    assert np.isnan(columns["idx"][0])
+    assert columns["idx"][1] == 3
+
+
 def test_arrays_must_be_equally_long():
     columns = from_arrays(x=np.eye(3, dtype=np.float32), text=["a", "b", "c"])
     assert columns["x"].dtype == np.float32
