@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.interpreters import partial_eval
 
 from jmeta.core.estimators import first_order, mixed_mode, reptile, unrolled
 from jmeta.core.inner import Objective, final
@@ -125,8 +126,9 @@ def compile_estimate(mg: MetaGradient, meta: PyTree, episode: Episode, key: Key 
 def flops(jaxpr: Any) -> float:
     """Floating-point operations of the matmuls and convolutions in a jaxpr.
 
-    Unlike XLA's own count it multiplies the body of a ``scan`` by its length. The more expensive
-    branch of a conditional counts; a ``while`` of unknown length counts once.
+    Unlike XLA's own count it multiplies the body of a ``scan`` by its length. What no output needs
+    does not count, as it is not run. The more expensive branch of a conditional counts; a ``while``
+    of unknown length counts once.
 
     Args:
         jaxpr: open or closed.
@@ -139,6 +141,11 @@ def flops(jaxpr: Any) -> float:
         >>> flops(jax.make_jaxpr(f)(jnp.ones((4, 4))))  # 10 * 2 * 4 ** 3
         1280.0
     """
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    return _flops(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
+
+
+def _flops(jaxpr: Any) -> float:
     total = 0.0
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name = eqn.primitive.name
@@ -154,13 +161,13 @@ def flops(jaxpr: Any) -> float:
             features = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
             total += 2.0 * eqn.outvars[0].aval.size * kernel.size / features
         elif name == "cond":
-            total += max(flops(branch) for branch in eqn.params["branches"])
+            total += max(_flops(branch) for branch in eqn.params["branches"])
         else:
             times = eqn.params["length"] if name == "scan" else 1
             for key, value in eqn.params.items():
                 # The forward and backward rules of a custom derivative are not run beside it.
                 if key in ("jaxpr", "call_jaxpr", "fun_jaxpr", "body_jaxpr") and value is not None:
-                    total += times * flops(value)
+                    total += times * _flops(value)
     return total
 
 

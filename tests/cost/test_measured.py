@@ -56,3 +56,15 @@ def test_a_table_leaves_reptile_out_where_it_is_undefined():
     rows = cost.table(problem, 1, meta, jmeta.Episode(0.0, 0.0), repeats=0)
     assert "reptile" not in [row.name for row in rows]
     assert "mixed_mode" in [row.name for row in rows]
+
+
+def test_flops_leave_out_what_no_output_needs():
+    w = jnp.ones((4, 4))
+
+    def loop(w):
+        def body(x, _):
+            return w @ x, w.T @ x  # the second is stacked, and read by nobody
+
+        return jax.lax.scan(body, w, length=3)[0]
+
+    assert cost.flops(jax.make_jaxpr(loop)(w)) == 3 * 2 * 4**3
