@@ -266,3 +266,10 @@ def test_the_real_tpu_compiler_refuses_a_shape_that_is_not_built(libtpu):
     with pytest.raises(ValueError, match="the TPU compiler refuses the topology v5e:3x3"):
         cost.plan("jmeta.cost.shapes:setting", steps=1, topology="v5e:3x3", names=["mixed_mode"],
                   options={"model": "tiny", "tokens": 16})  # fmt: skip
+
+
+def test_the_axes_of_a_mesh_follow_those_of_the_torus(libtpu):
+    with pytest.raises(ValueError, match="logical mesh"):
+        cost.plan("jmeta.cost.shapes:setting", steps=1, topology="v5p:4x4x4",
+                  names=["mixed_mode"], meshes=[{"tasks": 8, "fsdp": 8}],
+                  options={"model": "tiny", "tokens": 16})  # fmt: skip
