@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmeta.core.autodiff import stopped_grad
+from jmeta.core.checks import differentiating, losses_at_start
 from jmeta.core.inner import checked, encode_episode, fold, inner_loop, keys, start, unscored
 from jmeta.core.types import Array, Episode, Key, Problem, PyTree, Steps, no_encoding
 from jmeta.runtime.statistics import mean_ci
@@ -54,7 +55,14 @@ def adapt(problem: Problem, meta: PyTree, support: PyTree, steps: int, key: Key 
     """
     init_key, run_key = keys(key, 2)
     run = inner_loop(problem, steps, objective=unscored, grad=stopped_grad)
-    _, (state, _, _) = run(meta, start(problem, meta, init_key), Episode(support), run_key)
+    first, episode = start(problem, meta, init_key), Episode(support)
+    with differentiating(
+        lambda m: run(m, first, episode, run_key),
+        losses_at_start(problem, episode, key),
+        first.fast,
+        meta,
+    ):
+        _, (state, _, _) = run(meta, first, episode, run_key)
     return state.fast
 
 

@@ -10,6 +10,7 @@ from jax.experimental import pallas
 
 import jmeta
 from jmeta import Episode, NotDifferentiableError, Problem, Steps
+from jmeta.runtime.evaluate import adapt
 
 VECTOR = jnp.asarray([1.0, -2.0, 0.5])
 
@@ -167,10 +168,15 @@ def flash(fast, meta, batch, key):
     return jnp.mean((pallas_sine(fast["w"]) - batch) ** 2), {}
 
 
-@pytest.mark.parametrize("name", ["unrolled", "mixed_mode", "first_order", "implicit", "truncated"])
+@pytest.mark.parametrize("name", ESTIMATORS)
 def test_a_while_loop_in_the_inner_loss_is_named(name):
     with pytest.raises(NotDifferentiableError, match=r"not differentiated even once.*scan.*while"):
-        estimate(ESTIMATORS[name], learned_start(looped))
+        estimate(ESTIMATORS[name], learned_start(looped), key=jax.random.key(0))
+
+
+def test_a_while_loop_is_named_when_a_user_adapts():
+    with pytest.raises(NotDifferentiableError, match=r"not differentiated even once.*scan.*while"):
+        adapt(learned_start(looped), META, EPISODE.support, steps=1)
 
 
 @pytest.mark.parametrize("name", ["unrolled", "mixed_mode"])

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jmeta.core.autodiff import stopped_grad
+from jmeta.core.checks import differentiating, losses_at_start
 from jmeta.core.inner import InnerState, Objective, final, inner_loop, start
 from jmeta.core.tree import global_norm, require_inexact
 from jmeta.core.types import Array, Episode, Info, Key, MetaGradient, Problem, PyTree
@@ -104,7 +105,13 @@ def evolution(
 
         each = jax.vmap(jax.vmap(value, in_axes=(None, 0, 0)), in_axes=(0, None, 0))
         inner = state.inner if persistent else jnp.zeros((2, pairs))
-        loss, last, losses, aux = each(jnp.asarray([1.0, -1.0]), noise, inner)
+
+        def sampled(noise: PyTree):
+            return each(jnp.asarray([1.0, -1.0]), noise, inner)
+
+        plain = losses_at_start(problem, episode, key)
+        with differentiating(lambda _: sampled(noise), plain, None, meta):
+            loss, last, losses, aux = sampled(noise)
         difference = (loss[0] - loss[1]) / (2 * sigma)
         drift = jax.tree.map(jnp.add, state.drift, noise) if persistent else noise
         grads = jax.tree.map(

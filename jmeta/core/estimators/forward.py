@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from jmeta.core.checks import differentiating, losses_at_start
 from jmeta.core.inner import Objective, final, inner_loop, keys, start
 from jmeta.core.tree import global_norm, require_inexact
 from jmeta.core.types import Episode, Info, Key, MetaGradient, Problem, PyTree
@@ -81,18 +82,20 @@ def forward(
         def derivative(direction: jax.Array):
             return jax.jvp(outer, (flat,), (direction,), has_aux=True)
 
-        if chunk is None:
-            # Only the tangents are mapped: the loop itself runs once.
-            loss, slopes, (last, losses, aux) = jax.vmap(derivative, out_axes=(None, 0, None))(
-                jnp.eye(flat.size, dtype=flat.dtype)
-            )
-        else:
-            loss, (last, losses, aux) = outer(flat)
-            slopes = jax.lax.map(
-                lambda i: derivative(jax.nn.one_hot(i, flat.size, dtype=flat.dtype))[1],
-                jnp.arange(flat.size),
-                batch_size=chunk,
-            )
+        plain = losses_at_start(problem, episode, key)
+        with differentiating(lambda m: outer(ravel_pytree(m)[0]), plain, None, meta):
+            if chunk is None:
+                # Only the tangents are mapped: the loop itself runs once.
+                loss, slopes, (last, losses, aux) = jax.vmap(derivative, out_axes=(None, 0, None))(
+                    jnp.eye(flat.size, dtype=flat.dtype)
+                )
+            else:
+                loss, (last, losses, aux) = outer(flat)
+                slopes = jax.lax.map(
+                    lambda i: derivative(jax.nn.one_hot(i, flat.size, dtype=flat.dtype))[1],
+                    jnp.arange(flat.size),
+                    batch_size=chunk,
+                )
         grads = unravel(slopes.astype(flat.dtype))
         info = Info(loss, losses, aux, global_norm(grads))
         return grads, (last if persistent else ()), info

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jmeta.core.autodiff import stopped_grad
+from jmeta.core.checks import differentiating, losses_at_start
 from jmeta.core.inner import checked, encode_batch, inner_loop, keys, start, unscored
 from jmeta.core.tree import global_norm, path_name, require_inexact
 from jmeta.core.types import Episode, Info, Key, MetaGradient, Problem, PyTree
@@ -51,7 +52,12 @@ def reptile(problem: Problem, steps: int) -> MetaGradient:
         init_key, run_key, query_key, loss_key = keys(key, 4)
         first = start(problem, meta, init_key)
         _require_same_structure(first.fast, meta)
-        _, (last, losses, _) = run(meta, first, episode, run_key)
+
+        def adapted(meta: PyTree):
+            return run(meta, first, episode, run_key)
+
+        with differentiating(adapted, losses_at_start(problem, episode, key), first.fast, meta):
+            _, (last, losses, _) = adapted(meta)
         grads = jax.tree.map(
             lambda m, end: (m - end).astype(jnp.result_type(m)), first.fast, last.fast
         )
