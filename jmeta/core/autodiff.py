@@ -220,8 +220,8 @@ def scan_steps(
 ) -> tuple[PyTree, PyTree]:
     r"""``jax.lax.scan`` over inner steps, with a choice of what the backward pass recomputes.
 
-    ``"none"`` stores every step's residuals; ``"step"`` stores each step's carry and recomputes
-    the step; ``"nested"`` stores the carry of every block of about :math:`\sqrt{T}` steps and
+    ``"none"`` stores every step's residuals; ``"step"`` stores the carries between steps and
+    recomputes each step; ``"nested"`` stores the carry of every block of about :math:`\sqrt{T}` steps and
     recomputes a block at a time, so that memory grows as :math:`O(\sqrt T)`.
 
     Args:

@@ -130,8 +130,9 @@ def mixed_mode(
         steps: number of inner steps.
         objective: where the outer loss is read.
         persistent: keep the inner state between estimates.
-        remat: what the backward pass recomputes; ``"step"`` helps optimizers with large states,
-            ``"nested"`` long loops.
+        remat: what the backward pass recomputes. ``"step"`` keeps one set of weights less than
+            ``"none"`` and costs nothing where the update is linear in the gradient (SGD); under
+            Adam it recomputes the gradients instead of keeping them. ``"nested"``: long loops.
 
     Returns:
         A ``MetaGradient`` equal to ``unrolled``.
