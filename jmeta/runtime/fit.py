@@ -172,7 +172,8 @@ def fit(
 
         while done < steps and not caught:
             unseen[done + 1] = batches.state()
-            episodes = _next(batches, done, steps)
+            with clock.timed("wait"):
+                episodes = _next(batches, done, steps)
             if mesh is not None:
                 episodes = parallel.shard_episodes(mesh, episodes)
             stage = stage_at(schedule, done)
@@ -194,7 +195,8 @@ def fit(
             if logged:
                 row |= metrics.info_row(jax.device_get(info)) | clock.lap(done)
             if judged and evaluate is not None:
-                scores = metrics.scalars(evaluate(now.state.meta))
+                with clock.timed("evaluation"):
+                    scores = metrics.scalars(evaluate(now.state.meta))
                 row |= {f"eval/{name}": value for name, value in scores.items()}
                 row["seconds"] = clock.seconds()
                 if best is not None:
@@ -232,11 +234,22 @@ def _is_due(done: int, every: int) -> bool:
 
 
 class _Clock:
-    """Seconds of the whole run, and the rate since the last logged step."""
+    """Seconds of the whole run, and since the last logged step: the rate, and the wait for data.
+
+    The wait is a share of the steps' time, without evaluations. It is an upper bound of what more
+    loader threads could save: the device may be at work on an earlier step while the host waits.
+    """
 
     def __init__(self, done: int, before: float):
         self._before, self._begun = before, time.monotonic()
         self._done, self._at = done, self._begun
+        self._spent = {"wait": 0.0, "evaluation": 0.0}
+
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        begun = time.monotonic()
+        yield
+        self._spent[what] += time.monotonic() - begun
 
     def seconds(self) -> float:
         return self._before + time.monotonic() - self._begun
@@ -244,8 +257,9 @@ class _Clock:
     def lap(self, done: int) -> dict[str, float]:
         at = time.monotonic()
         rate = (done - self._done) / max(at - self._at, 1e-9)
-        self._done, self._at = done, at
-        return {"steps_per_second": rate, "seconds": self.seconds()}
+        waited = self._spent["wait"] / max(at - self._at - self._spent["evaluation"], 1e-9)
+        self._done, self._at, self._spent = done, at, dict.fromkeys(self._spent, 0.0)
+        return {"steps_per_second": rate, "data_wait": waited, "seconds": self.seconds()}
 
 
 @contextlib.contextmanager

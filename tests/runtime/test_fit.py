@@ -31,7 +31,7 @@ from jmeta.runtime.train import advance, meta_trainer, stages
 
 OUTER = optax.adam(0.05)
 START = {"w": np.array([2.0, -1.0, 0.5], np.float32), "b": np.float32(1.0)}
-TIMES = ("seconds", "steps_per_second")
+TIMES = ("seconds", "steps_per_second", "data_wait")
 
 
 def estimate(meta, state, episode, key):
@@ -501,3 +501,24 @@ def test_the_gradients_beside_the_step_are_those_it_applied():
     state = meta_trainer(MG, optax.sgd(0.5)).init(START, jax.random.key(0))
     after, _, grads = advance(MG, optax.sgd(0.5), state, episode(0))
     np.testing.assert_allclose(after.meta["w"], state.meta["w"] - 0.5 * grads["w"], rtol=1e-6)
+
+
+def test_the_wait_for_data_is_a_share_of_the_steps_without_evaluations(monkeypatch):
+    """A clock that moves only where the data, the steps and the evaluation take their time."""
+    from jmeta.runtime import fit as module
+
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+
+    def passes(seconds, value=None):
+        now[0] += seconds
+        return value
+
+    found = fit(
+        MG, OUTER, START, from_function(lambda step: passes(1.0, episode(step))), steps=4,
+        log_every=2, evaluate=lambda meta: passes(5.0, {"loss": 0.0}), evaluate_every=1,
+        on_step=lambda *_: passes(3.0), progress=False,
+    ).history  # fmt: skip
+    shares = [row["data_wait"] for row in found if "data_wait" in row]
+    # A row is written before its step's callback: 2 waits and 1 callback, then 2 and 2.
+    assert shares == [2 / (2 + 3), 2 / (2 + 6)]
