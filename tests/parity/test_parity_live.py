@@ -1,0 +1,82 @@
+"""jmeta's language models against transformers in PyTorch, live: ``make parity``."""
+
+import numpy as np
+import parity_cases as parity
+import pytest
+
+from jmeta.models import peft, pretrained
+
+torch = pytest.importorskip("torch", reason="needs PyTorch: make parity installs it")
+
+LIMITS = {"scores": 1e-9, "loss": 1e-9, "grad": 1e-9, "hvp": 1e-8}
+
+
+@pytest.mark.parametrize("case", parity.CASES, ids=lambda case: case.name)
+def test_scores_loss_gradients_and_hessian_vector_products(x64, case, tmp_path):
+    parity.write_weights(tmp_path, case, parity.torch_shapes(case))
+    ours, theirs = parity.run(tmp_path, case), parity.run_torch(tmp_path, case)
+    assert set(ours) == set(theirs)
+    worst = {kind: parity.largest_difference(ours, theirs, kind) for kind in LIMITS}
+    print(case.name, worst)
+    assert all(worst[kind] <= limit for kind, limit in LIMITS.items()), worst
+
+
+@pytest.mark.parametrize("case", parity.CASES, ids=lambda case: case.name)
+def test_transformers_loads_what_we_write(x64, case, tmp_path):
+    """No key missing or unexpected, and the same outputs."""
+    parity.write_weights(tmp_path, case, parity.torch_shapes(case))
+    before = parity.run_torch(tmp_path, case)
+    model = pretrained.from_pretrained(tmp_path / "weights")
+    pretrained.to_pretrained(tmp_path / "again" / "weights", model.config, model.params)
+    after = parity.run_torch(tmp_path / "again", case)
+    for name in before:
+        np.testing.assert_array_equal(before[name], after[name])
+
+
+@pytest.mark.parametrize("case", parity.PEFT, ids=lambda case: case.name)
+def test_adapters_both_ways(x64, case, tmp_path):
+    """PEFT's adapter here, and what we write of it in PEFT: the same scores everywhere."""
+    library = pytest.importorskip("peft", reason="needs PEFT: make parity installs it")
+    import transformers
+
+    parity.write_weights(tmp_path, case, parity.torch_shapes(case))
+    theirs = parity.run_peft(tmp_path, case)
+    ours = {"scores": parity.run_adapted(tmp_path, tmp_path / "adapter", case)}
+    assert parity.largest_difference(ours, theirs, "scores") <= 1e-9
+    config = pretrained.from_pretrained(tmp_path / "weights").config
+    read = peft.read(tmp_path / "adapter", config)
+    peft.write(tmp_path / "again", config, read.factors, read.scale, head=read.head)
+    cls = getattr(transformers, case.torch_class)
+    base = cls.from_pretrained(tmp_path / "weights", dtype=torch.float64)
+    model = library.PeftModel.from_pretrained(
+        base, tmp_path / "again", autocast_adapter_dtype=False
+    )  # fmt: skip
+    again = {"scores": parity.peft_scores(model.eval(), case)}
+    assert parity.largest_difference(again, theirs, "scores") <= 1e-12
+
+
+def test_minilm_round_trip(tmp_path):
+    import transformers
+
+    folder = parity.minilm()
+    if folder is None:
+        pytest.skip("needs the MiniLM package: make parity installs it")
+    model = pretrained.from_pretrained(folder)
+    pretrained.to_pretrained(tmp_path, model.config, model.params, model.settings)
+    _, report = transformers.AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    encoded = tokenizer(list(parity.SENTENCES), padding=True, return_tensors="pt")
+    with torch.no_grad():
+        old, new = (
+            transformers.AutoModel.from_pretrained(f)(**encoded).last_hidden_state
+            for f in (folder, tmp_path)
+        )
+    assert (old == new).all()
+    mask = encoded["attention_mask"][..., None]
+    theirs = torch.nn.functional.normalize((old * mask).sum(1) / mask.sum(1)).numpy()
+    arrays = {"tokens": encoded["input_ids"].numpy(), "mask": encoded["attention_mask"].numpy()}
+    worst = np.abs(parity.embed_minilm(folder, arrays) - theirs).max()
+    print("minilm", worst)
+    assert worst <= 2e-5
