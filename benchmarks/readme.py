@@ -78,8 +78,11 @@ def cost_table(result: dict[str, Any]) -> str:
     for method in methods:
         cells = [_cost_cell(metric, value.get((method, metric))) for metric in columns]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    runs = max(row["n"] for row in rows)
-    parts = [f"Medians of {runs} interleaved runs", str(result["devices"] or "")]
+    timed = [row["values"] for row in result["rows"] if row["metric"] == "seconds"]
+    processes = len({row["seed"] for row in result["rows"] if row["metric"] == "seconds"})
+    runs = f"Medians of {len(timed[0])} interleaved runs" if timed else ""
+    over = f", mean of {processes} processes" if processes > 1 else ""
+    parts = [runs + over, str(result["devices"] or "")]
     parts += [f"`{result['command']}`"] if result["command"] else []
     return "\n".join([*lines, "", "; ".join(part for part in parts if part) + "."])
 

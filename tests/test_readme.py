@@ -112,14 +112,15 @@ def test_cost_table_is_in_multiples_of_first_order():
     summary += [
         row | {"steps": 16, "mean": 99.0} for row in rows("mixed_mode", **{"seconds x": 1.0})
     ]
-    result = {"summary": summary, "command": "python -m x", "devices": "1 cpu"}
+    timed = [{"metric": "seconds", "seed": seed, "values": [1.0] * 5} for seed in range(3)]
+    result = {"summary": summary, "rows": timed, "command": "python -m x", "devices": "1 cpu"}
     assert readme.cost_table(result) == (
         "| estimator | time | error |\n"
         "| --- | --: | --: |\n"
         "| first_order | 1.00 | 5e-01 |\n"
         "| mixed_mode | 2.50 | 1e-07 |\n"
         "\n"
-        "Medians of 5 interleaved runs; 1 cpu; `python -m x`."
+        "Medians of 5 interleaved runs, mean of 3 processes; 1 cpu; `python -m x`."
     )
 
 
