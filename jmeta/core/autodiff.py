@@ -141,7 +141,7 @@ def _with_rule(loss: LossFn, rule: Callable[..., tuple[Any, Any]]) -> InnerGradF
 
 def _hessian_vector(value: Callable, weights: Any, perturbed: Any, value_bar: Any, grads_bar: Any):
     """Forward over reverse: one Jacobian-vector product of the gradient."""
-    direction = [dense(bar) for bar in grads_bar]
+    direction = [dense(bar, leaf) for bar, leaf in zip(grads_bar, weights, strict=True)]
 
     def product(weights: Any, perturbed: Any, direction: Any):
         gradients = lambda w: jax.grad(value, argnums=(0, 1))(w, perturbed)  # noqa: E731
@@ -151,7 +151,8 @@ def _hessian_vector(value: Callable, weights: Any, perturbed: Any, value_bar: An
         jax.make_jaxpr(product)(weights, perturbed, direction), "custom_lin"
     ):  # a custom_vjp whose forward rule calls the function itself has no jvp: reverse this step
         both = lambda w, p: (value(w, p), jax.grad(value)(w, p))  # noqa: E731
-        return jax.vjp(both, weights, perturbed)[1]((dense(value_bar), direction))
+        (loss, _), pull = jax.vjp(both, weights, perturbed)
+        return pull((dense(value_bar, loss), direction))
     first, second = product(weights, perturbed, direction)
     if isinstance(value_bar, SymbolicZero):
         return second
@@ -221,8 +222,8 @@ def scan_steps(
     r"""``jax.lax.scan`` over inner steps, with a choice of what the backward pass recomputes.
 
     ``"none"`` stores every step's residuals; ``"step"`` stores the carries between steps and
-    recomputes each step; ``"nested"`` stores the carry of every block of about :math:`\sqrt{T}` steps and
-    recomputes a block at a time, so that memory grows as :math:`O(\sqrt T)`.
+    recomputes each step; ``"nested"`` stores the carry of every block of about :math:`\sqrt{T}`
+    steps and recomputes a block at a time, so that memory grows as :math:`O(\sqrt T)`.
 
     Args:
         step: ``(carry, x) -> (carry, y)``.

@@ -319,7 +319,7 @@ def inner_loop(
     scaled_grad = grad(scaled(checked(problem.inner_loss, "inner_loss")))
 
     def run(meta: PyTree, state: InnerState, episode: Episode, key: Key):
-        _require_varying(meta, state.fast, episode)
+        _require_varying(meta, state.fast, (episode, key))
         encode_key, inner_key, outer_key = keys(key, 3)
         if objective.name == "unscored":
             episode = Episode(episode.support)
@@ -372,17 +372,17 @@ def inner_loop(
     return run
 
 
-def _require_varying(meta: PyTree, fast: PyTree, episode: Episode) -> None:
+def _require_varying(meta: PyTree, fast: PyTree, data: PyTree) -> None:
     """Refuse to differentiate weights that ``shard_map`` holds equal on all devices.
 
     The gradient of such weights is summed over the devices by jax, at every inner step.
     """
-    axes = frozenset().union(*map(_varying, jax.tree.leaves((meta, fast, episode))))
+    axes = frozenset().union(*map(_varying, jax.tree.leaves((meta, fast, data))))
     for leaf in jax.tree.leaves((meta, fast)):
         if equal := axes - _varying(leaf):
             names = ", ".join(sorted(equal))
             raise ValueError(
-                f"inside jax.shard_map the episodes differ along the mesh axis {names} and the "
+                f"inside jax.shard_map the data differ along the mesh axis {names} and the "
                 "weights do not, so jax would sum the gradient of every inner step over the "
                 "devices, and each task would learn from the others' data. Make the weights "
                 f"varying first: meta = jax.lax.pcast(meta, {names!r}, to='varying'); or use "

@@ -20,12 +20,9 @@ def is_primal(leaf: Any) -> bool:
     return hasattr(leaf, "perturbed")
 
 
-def dense(cotangent: Any) -> Array:
-    """A cotangent as an array, a symbolic zero too."""
-    if isinstance(cotangent, SymbolicZero):
-        zero: Any = cotangent
-        return jnp.zeros(zero.shape, zero.dtype)
-    return cotangent
+def dense(cotangent: Any, primal: Array) -> Array:
+    """A cotangent as an array, a symbolic zero too, which is laid out as its primal is."""
+    return jnp.zeros_like(primal) if isinstance(cotangent, SymbolicZero) else cotangent
 
 
 def contains(jaxpr: Any, name: str) -> bool:

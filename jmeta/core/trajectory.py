@@ -109,7 +109,8 @@ def _scan(
         shared, xs = split(perturbed | constant)
         start = [shared[p] for p in carried]
         room = max(length - 1, 1)
-        kept = [jnp.zeros((room, *leaf.shape), leaf.dtype) for leaf in start]
+        # Zeros made from the leaf vary over the devices of a shard_map as it does.
+        kept = [jnp.broadcast_to(jnp.zeros_like(leaf), (room, *leaf.shape)) for leaf in start]
 
         def body(state, x):
             carry, kept = state
@@ -144,7 +145,7 @@ def _scan(
             bars = jax.vjp(outputs, chosen)[1]((carry_bar, y_bar))[0]
             return [bars[p] for p in differentiable], {p: bars[p] for p in wanted}
 
-        carry_bar = [dense(last_bar[p - carried.start]) for p in differentiable]
+        carry_bar = [dense(last_bar[p - carried.start], shared[p]) for p in differentiable]
         each = [ys_bar[i] for i in scored]
         slices = jax.tree.map(lambda leaf: leaf[0], (xs, each))
         # What a step reads without a derivative gets no accumulator, not even one of zeros.
