@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmeta.core.tree import path_name
+from jmeta.files import write_atomically
 from jmeta.models import lora, names, tensorfile
 from jmeta.models.names import Config, Tensor
 from jmeta.models.partial import put
@@ -132,7 +133,7 @@ def write(
     }
     tensorfile.write(folder / WEIGHTS, tensors)
     text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-    tensorfile.write_parts(folder / SETTINGS, [text.encode()])
+    write_atomically(folder / SETTINGS, text)
     return folder
 
 

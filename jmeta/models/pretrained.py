@@ -17,6 +17,7 @@ import numpy as np
 
 from jmeta.core.tree import path_name
 from jmeta.core.types import Array, Key
+from jmeta.files import write_atomically
 from jmeta.models import bert, gpt2, names, tensorfile
 from jmeta.models.names import Config, Tensor
 from jmeta.models.partial import put
@@ -176,7 +177,7 @@ def to_pretrained(
     kept.pop("torch_dtype", None)
     text = json.dumps({**kept, **decided}, indent=2, sort_keys=True) + "\n"
     tensorfile.write(folder / WEIGHTS, tensors)
-    tensorfile.write_parts(folder / "config.json", [text.encode()])
+    write_atomically(folder / "config.json", text)
     return folder
 
 

@@ -5,16 +5,15 @@ Reading goes through the safetensors library; its writer would first copy every 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
+
+from jmeta.files import write_atomically
 
 _NAMES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
@@ -129,44 +128,14 @@ def write(path: Path, tensors: Mapping[str, Lazy]) -> Path:
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
 
-    def parts() -> Iterable[bytes | memoryview]:
-        yield len(encoded).to_bytes(8, "little") + encoded
+    def pour(file: IO[bytes]) -> None:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name in order:
             # A strided array would be written as if it were not: transposes are copied first.
             array = np.ascontiguousarray(tensors[name].make())
-            yield array.reshape(-1).view(np.uint8).data
+            file.write(array.reshape(-1).view(np.uint8).data)
 
-    return write_parts(path, parts())
-
-
-def write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> Path:
-    """Write a file piece by piece through a temporary one in its folder, then rename.
-
-    Args:
-        path: the file; missing parent folders are made.
-        parts: its contents.
-
-    Returns:
-        The path.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files private; a checkpoint is as readable as any other new file.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
-    return path
+    return write_atomically(path, pour)
 
 
 def _numpy(dtype: str) -> Any:

@@ -304,7 +304,7 @@ def test_writing_is_atomic_and_checked(folder, monkeypatch):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tensorfile.os, "fsync", broken)
+        patch.setattr("os.fsync", broken)
         with pytest.raises(OSError, match="disk full"):
             to_pretrained(folder, BERT, params)
     assert before == {file.name: file.read_bytes() for file in folder.iterdir()}
