@@ -8,8 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -46,7 +44,7 @@ def cached_arrays(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {key: arrays[key] for key in arrays.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # zipfile and numpy raise many kinds for a damaged file
         _say_if_damaged(path, error)
     arrays = make()
     _try_to_keep(path, lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))

@@ -1,3 +1,6 @@
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -5,7 +8,7 @@ from jmeta.data.cache import cache_key, cached_arrays
 from jmeta.files import cache_dir, write_atomically
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "flipped"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "encrypted"])
 def test_damaged_arrays_are_made_again(tmp_path, damage):
     path = tmp_path / "a.npz"
     calls = []
@@ -17,7 +20,10 @@ def test_damaged_arrays_are_made_again(tmp_path, damage):
     first = cached_arrays(path, make)
     raw = path.read_bytes()
     flipped = raw[:200] + bytes([raw[200] ^ 255]) + raw[201:]
-    path.write_bytes({"empty": b"", "cut": raw[: len(raw) // 2], "flipped": flipped}[damage])
+    entry = raw.index(b"PK\1\2") + 8  # the flags of the first file in the archive's index
+    encrypted = raw[:entry] + bytes([raw[entry] ^ 1]) + raw[entry + 1 :]
+    damaged = {"empty": b"", "cut": raw[: len(raw) // 2], "flipped": flipped}
+    path.write_bytes(damaged.get(damage, encrypted))
     with pytest.warns(UserWarning, match=r"a\.npz is damaged .*; it is made again"):
         again = cached_arrays(path, make)
     for read in (again, cached_arrays(path, make)):
@@ -37,6 +43,31 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     with pytest.raises(RuntimeError):
         write_atomically(path, fail)
     assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_as_readable_as_any_other_and_the_process_is_left_as_it_was(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "other").write_text("x")
+
+    def never(mask):  # asking for it sets it, for every thread of the process
+        raise AssertionError("the process's umask was changed")
+
+    monkeypatch.setattr(os, "umask", never)
+    written = write_atomically(tmp_path / "ours", "x")
+    assert written.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_many_writers_of_one_file_leave_one_whole_file(tmp_path):
+    path = tmp_path / "a.npz"
+
+    def write(i):
+        return cached_arrays(path, lambda: {"x": np.full(2000, i)})["x"]
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(write, range(40)))
+    assert all(len(set(x.tolist())) == 1 for x in found)  # each reads one writer's, whole
     assert list(tmp_path.iterdir()) == [path]
 
 
