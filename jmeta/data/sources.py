@@ -213,7 +213,7 @@ def _one_split(data: Any, name: Any) -> Columns:
     for key, feature in data.features.items():
         if isinstance(feature, datasets.ClassLabel) and key in columns:
             names = feature.names
-            columns[f"{key}_name"] = [names[i] if i >= 0 else "" for i in columns[key]]
+            columns[f"{key}_name"] = [names[int(i)] if i >= 0 else "" for i in columns[key]]
     return columns
 
 
@@ -223,7 +223,8 @@ def _from_file(path: Path) -> Columns:
         raise ValueError(f"{path} is by its name no parquet, JSON, JSONL, CSV, TSV or arrow file")
     try:
         return _from_table(read(path))
-    except (OSError, ValueError, EOFError) as error:  # pyarrow's and gzip's own errors are these
+    # pyarrow's and gzip's own errors are these; a number of more than 64 bits overflows.
+    except (OSError, ValueError, EOFError, OverflowError) as error:
         raise DataUnavailable(
             f"{path} cannot be read: it is damaged, cut short, or not what its name says "
             f"({_line(error)}); fetch it again"
@@ -284,12 +285,13 @@ def _read_json(path: Path) -> Any:
                 rows = json.loads(text)
             except json.JSONDecodeError:
                 rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-    if isinstance(rows, dict):
-        rows = [rows]
-    if all(isinstance(row, dict) for row in rows):
-        # pyarrow takes the first row's fields for all: name those of every row.
-        names = dict.fromkeys(name for row in rows for name in row)
-        rows = [{name: row.get(name) for name in names} for row in rows]
+    rows = rows if isinstance(rows, list) else [rows]
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"row {i} is {row!r:.40}, no object with fields")
+    # pyarrow takes the first row's fields for all: name those of every row.
+    names = dict.fromkeys(name for row in rows for name in row)
+    rows = [{name: row.get(name) for name in names} for row in rows]
     return pa.Table.from_pylist(rows)
 
 

@@ -76,6 +76,9 @@ def test_folders_as_on_the_hub_and_as_saved(tmp_path, monkeypatch):
     assert columns["label_name"] == ["yes", "no"]
     with pytest.raises(ValueError, match="no split 'dev'"):
         from_datasets(tmp_path / "saved", split="dev")
+    gap = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, None]}, features=features)
+    gap.save_to_disk(tmp_path / "gap")
+    assert from_datasets(tmp_path / "gap")["label_name"] == ["yes", ""]
 
 
 def test_a_relative_path_is_looked_for_in_jmeta_data(tmp_path, monkeypatch):
@@ -115,6 +118,21 @@ def test_a_truncated_file_says_so(tmp_path, kind):
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataUnavailable, match="damaged, cut short"):
         from_datasets(path)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("[1, 2]", "row 0 is 1, no object with fields"),
+        ('"a"', "row 0 is 'a', no object"),
+        ('[{"a": 1}, null]', "row 1 is None, no object"),
+        ('{"a": 123456789012345678901234567890}', "too large"),
+    ],
+)
+def test_json_that_is_no_table_says_so(tmp_path, said, message):
+    (tmp_path / "x.json").write_text(said)
+    with pytest.raises(DataUnavailable, match=message):
+        from_datasets(tmp_path / "x.json")
 
 
 def test_a_file_of_an_unknown_kind(tmp_path):
