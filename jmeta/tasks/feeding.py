@@ -14,7 +14,7 @@ import numpy as np
 
 from jmeta.core.types import Episode
 from jmeta.tasks.episodes import task_generator
-from jmeta.tasks.text import Encoded, batch
+from jmeta.tasks.text import HIDDEN, Encoded, batch
 
 Batch = dict[str, np.ndarray]
 # Streams of the generator: the order of an epoch, the windows, the task of a block, its examples.
@@ -140,15 +140,32 @@ class ExampleSource(NamedTuple):
 
 
 def labelled(name: str, encoded: Encoded) -> ExampleSource:
-    """The examples of an encoded task as a source: each by one of its windows, at random."""
+    """The examples of an encoded task as a source: each by one of its windows, at random.
+
+    Of examples with equal windows and labels one is kept, so that support and query share none.
+
+    Raises:
+        ValueError: a label is hidden, or the task has no label tokens to learn from.
+    """
+    if not encoded.class_tokens and not encoded.gold.shape[1]:
+        raise ValueError(f"{name} has scores in place of labels: there is no token to learn")
+    hidden = np.flatnonzero(encoded.label == HIDDEN)
+    if len(hidden):
+        raise ValueError(f"the label of row {hidden[0]} of {name} is hidden: nothing to learn from")
     first, count = _windows_of(encoded)
+    seen = {
+        (encoded.label[i].item(), *(part[a : a + n].tobytes() for part in encoded[:4])): i
+        for i, (a, n) in reversed(list(enumerate(zip(first, count, strict=True))))
+    }
+    kept = np.sort(np.fromiter(seen.values(), np.int64))
+    first, count = first[kept], count[kept]
 
     def draw(rng: np.random.Generator, k: int) -> Batch:
         examples = rng.choice(len(count), k, replace=False)
         found = batch(encoded, first[examples] + rng.integers(count[examples]))
         return {key: leaf for key, leaf in found.items() if key != "y"}  # the labels say it all
 
-    return ExampleSource(name, len(encoded.label), draw)
+    return ExampleSource(name, len(kept), draw)
 
 
 def meta_batches(
@@ -197,9 +214,10 @@ def meta_batches(
                 f"{source.name} has {source.examples}, needs {shots + queries} distinct examples "
                 f"({shots} support + {queries} query)"
             )
-    lengths = {s.name: s.draw(np.random.default_rng(0), 1)["tokens"].shape[-1] for s in sources}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"all tasks must be encoded with as many positions, not {lengths}")
+    lengths = [s.draw(np.random.default_rng(0), 1)["tokens"].shape[-1] for s in sources]
+    if len(set(lengths)) > 1:
+        named = ", ".join(f"{s.name} with {n}" for s, n in zip(sources, lengths, strict=True))
+        raise ValueError(f"all tasks must be encoded with as many positions, not {named}")
     weights = np.ones(len(sources))
     if unlabelled:
         weights[-1] = max(len(tasks), 1)

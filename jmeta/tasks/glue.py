@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jmeta.tasks.rows import field, label, read_columns, rows_of, text
-from jmeta.tasks.scores import Score, accuracy, binary_f1, matthews, pearson, spearman
+from jmeta.tasks.rows import Row, label, read_columns, rows_of, text
+from jmeta.tasks.scores import (
+    Score,
+    accuracy,
+    binary_f1,
+    check_classes,
+    matthews,
+    pearson,
+    spearman,
+)
 from jmeta.tasks.text import HIDDEN, Example, LabelToken, TextTask
 
 HUB = "nyu-mll/glue"
@@ -23,7 +31,7 @@ class Known(NamedTuple):
         task: the task in the unified format; its number follows SuperGLUE's.
         first: the column of the first text.
         second: the column of the second text, or None.
-        local: the file under ``$JMETA_DATA``, or None.
+        local: split -> file under ``$JMETA_DATA``.
         config: the configuration on the hub.
         order: the classes by the integers that stand for them, if another order than the task's.
     """
@@ -31,9 +39,14 @@ class Known(NamedTuple):
     task: TextTask
     first: str
     second: str | None
-    local: str | None
+    local: Mapping[str, str]
     config: str
     order: tuple[str, ...] = ()
+
+
+def _both(file: str) -> dict[str, str]:
+    """A file that holds the train and the dev split, and tells them apart by a column."""
+    return {"train": file, "dev": file}
 
 
 KNOWN = {
@@ -41,39 +54,39 @@ KNOWN = {
     for known in (
         Known(
             TextTask("SST-2", 10, ("negative", "positive"), _BINARY),
-            "sentence", None, "glue/sst2_train.parquet", "sst2",
+            "sentence", None, {"train": "glue/sst2_train.parquet"}, "sst2",
         ),
         Known(
             TextTask("CoLA", 11, ("unacceptable", "acceptable"), _BINARY),
-            "sentence", None, "glue/cola.parquet", "cola",
+            "sentence", None, _both("glue/cola.parquet"), "cola",
         ),
         Known(
             TextTask("MRPC", 12, ("not_equivalent", "equivalent"), _BINARY),
-            "sentence1", "sentence2", "glue/mrpc.parquet", "mrpc",
+            "sentence1", "sentence2", _both("glue/mrpc.parquet"), "mrpc",
         ),
         Known(
             TextTask("QQP", 13, ("not_duplicate", "duplicate"), _BINARY),
-            "question1", "question2", None, "qqp",
+            "question1", "question2", {}, "qqp",
         ),
         Known(
             TextTask("MNLI", 14, ("entailment", "neutral", "contradiction"), _THREE),
-            "premise", "hypothesis", None, "mnli",
+            "premise", "hypothesis", {}, "mnli",
         ),
         Known(
             TextTask("QNLI", 15, _ENTAILED, _BINARY),
-            "question", "sentence", "glue/qnli_dev.parquet", "qnli", _ENTAILED[::-1],
+            "question", "sentence", {"dev": "glue/qnli_dev.parquet"}, "qnli", _ENTAILED[::-1],
         ),
         Known(
             TextTask("RTE", 16, _ENTAILED, _BINARY),
-            "sentence1", "sentence2", "glue/rte.parquet", "rte", _ENTAILED[::-1],
+            "sentence1", "sentence2", _both("glue/rte.parquet"), "rte", _ENTAILED[::-1],
         ),
         Known(
             TextTask("WNLI", 17, _ENTAILED, _BINARY),
-            "sentence1", "sentence2", "glue/wnli.parquet", "wnli",
+            "sentence1", "sentence2", _both("glue/wnli.parquet"), "wnli",
         ),
         Known(
             TextTask("STS-B", 18, kind="score"),
-            "sentence1", "sentence2", "glue/stsb.parquet", "stsb",
+            "sentence1", "sentence2", _both("glue/stsb.parquet"), "stsb",
         ),
     )
 }  # fmt: skip
@@ -101,10 +114,9 @@ def read(
         ValueError: there is no such task or split, or a row is not as it should be; the row and
             the field are named.
     """
-    if name not in KNOWN:
-        raise ValueError(f"GLUE has no task {name!r}; its tasks are {sorted(KNOWN)}")
-    task, first, second, local, config, order = KNOWN[name]
-    columns = read_columns(path, split, local, (HUB, config))
+    task, first, second, local, config, order = _known(name)
+    split = "dev" if split in ("val", "validation") else split
+    columns = read_columns(path, split, local.get(split), (HUB, config))
     examples = []
     for i, row in enumerate(rows_of(columns, name)):
         if task.kind == "score":
@@ -116,11 +128,20 @@ def read(
     return examples
 
 
-def _score(row: Any) -> float:
+def _known(name: str) -> Known:
+    if name not in KNOWN:
+        raise ValueError(f"GLUE has no task {name!r}; its tasks are {sorted(KNOWN)}")
+    return KNOWN[name]
+
+
+def _score(row: Row) -> float:
     """STS-B's degree of likeness, 0 to 5."""
     name = "score" if "score" in row.values else "label"
-    value = field(row, name)
-    if not isinstance(value, int | float) or not (value == HIDDEN or 0 <= value <= 5):
+    value = row.values.get(name)
+    if value is None:
+        return HIDDEN
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not (value == HIDDEN or 0 <= value <= 5):
         raise ValueError(f"{row.where}, field {name!r}: {value!r} is no number from 0 to 5")
     return float(value)
 
@@ -138,8 +159,14 @@ def score(name: str, predicted: Sequence[Any], examples: Sequence[Example]) -> S
         correlations; others: accuracy.
 
     Raises:
-        ValueError: a label is hidden, or there are not as many predictions as examples.
+        ValueError: there is no such task, a label is hidden, a prediction is no class of the task,
+            or there are not as many predictions as examples.
     """
+    task = _known(name).task
+    if len(predicted) != len(examples):
+        raise ValueError(f"{name}: {len(predicted)} predictions for {len(examples)} examples")
+    if task.classes:
+        check_classes(predicted, len(task.classes), name)
     for i, example in enumerate(examples):
         if example.label == HIDDEN:
             raise ValueError(f"the label of row {i} of {name} is hidden: there is no score")

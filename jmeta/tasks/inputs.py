@@ -14,7 +14,7 @@ from jmeta.data.cache import cache_key, cached_arrays
 from jmeta.files import cache_dir
 from jmeta.tasks.episodes import FewShot
 from jmeta.tasks.text import Example, TextTask
-from jmeta.tasks.tokenizer import Vocabulary, cache_name, token_ids
+from jmeta.tasks.tokenizer import Vocabulary, cache_name, token_ids, whole_characters
 from jmeta.tasks.windows import shares
 
 _VERSION = 1  # part of every cache key: raise it when the encoding changes
@@ -72,9 +72,9 @@ def encode(
         The tokens.
 
     Raises:
-        ValueError: there is no text, or no room for a token of each.
+        ValueError: there is no text, an input is none, or there is no room for a token of each.
     """
-    pairs = [(each, None) if isinstance(each, str) else (each[0], each[1]) for each in texts]
+    pairs = [_pair(each, f"input {i}") for i, each in enumerate(texts)]
     if not pairs:
         raise ValueError("there is no text to encode")
     before, between, after = frame(vocabulary)
@@ -92,6 +92,16 @@ def encode(
         cache_dir() / f"text-inputs-{key}.npz", lambda: _encode(pairs, vocabulary, positions)
     )
     return Inputs(arrays["tokens"], arrays["length"], arrays["second"], int(arrays["cut"]))
+
+
+def _pair(given: Any, where: str) -> tuple[str, str | None]:
+    if not isinstance(given, tuple | list):
+        return whole_characters(given, where), None
+    if len(given) != 2:
+        raise ValueError(f"{where} is neither a text nor a pair: it holds {len(given)} things")
+    a, b = given
+    a = whole_characters(a, f"{where}, first text")
+    return a, None if b is None else whole_characters(b, f"{where}, second text")
 
 
 def _encode(
@@ -142,6 +152,9 @@ def labelled(
 ) -> FewShot:
     """A task's labelled examples as a source, for a classification head and for ``episodes``.
 
+    Examples of a class whose inputs are equal, token for token, are kept once, so that support
+    and query never share one.
+
     Args:
         task: a task with classes (``glue.TASKS``, ``superglue.TASKS``).
         examples: its examples, none with a hidden label.
@@ -153,7 +166,8 @@ def labelled(
         class, ``names`` the names of the classes.
 
     Raises:
-        ValueError: the task has no classes, or a label is hidden.
+        ValueError: the task has no classes, a label is hidden or none of them, or there is no
+            text where one must be.
 
     Example:
         >>> from jmeta.tasks import glue
@@ -165,11 +179,13 @@ def labelled(
     """
     if not task.classes:
         raise ValueError(f"{task.name} has no classes to tell apart")
+    for i, example in enumerate(examples):
+        if example.label not in range(len(task.classes)):
+            raise ValueError(
+                f"the label of row {i} of {task.name} is hidden, or none of {task.classes}: "
+                f"{example.label!r}"
+            )
     y = np.asarray([example.label for example in examples], np.int64)
-    outside = np.flatnonzero((y < 0) | (y >= len(task.classes)))
-    if len(outside):
-        raise ValueError(
-            f"the label of row {outside[0]} of {task.name} is hidden, or none of {task.classes}"
-        )
     inputs = encode([(e.a, e.b) for e in examples], vocabulary, positions=positions)
-    return FewShot(batch(inputs, np.arange(len(examples))), y, task.classes)
+    rows = np.sort(np.unique(np.column_stack([y, inputs.tokens]), axis=0, return_index=True)[1])
+    return FewShot(batch(inputs, rows), y[rows], task.classes)

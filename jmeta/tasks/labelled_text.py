@@ -12,11 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from jmeta.data.cache import cache_key
 from jmeta.data.sources import Columns, from_datasets
 from jmeta.files import cache_dir
+from jmeta.tasks import rows
 from jmeta.tasks.bpe import cached_bpe, encode
 from jmeta.tasks.corpora import FRACTIONS, SPLITS
 from jmeta.tasks.episodes import FewShot, few_shot, partition_classes
@@ -114,8 +113,8 @@ def labelled_text(
 
     Raises:
         DataUnavailable: the data set is not to be had here; the message says what to do.
-        ValueError: no such column, a class named in ``classes`` that does not exist or comes in
-            two splits, or a split without a class.
+        ValueError: no such column, a row without a text or a label, which is named, a class named
+            in ``classes`` that does not exist or comes in two splits, or a split without a class.
     """
     texts, labels, published = _read(path_or_name, text_column, label_column, config, split)
     texts, labels = _without_duplicates(texts, labels)
@@ -123,8 +122,8 @@ def labelled_text(
     chosen = classes or published or _random_classes(names, seed)
     _check_classes(chosen, names, path_or_name)
 
-    rows = {s: [i for i, label in enumerate(labels) if label in set(chosen[s])] for s in SPLITS}
-    training = [texts[i] for i in rows["train"]]
+    held = {s: [i for i, label in enumerate(labels) if label in set(chosen[s])] for s in SPLITS}
+    training = [texts[i] for i in held["train"]]
     tokenizer = cached_bpe(
         cache_dir() / f"text-bpe-{cache_key(vocab=vocab, texts=training)}.json",
         lambda: training,
@@ -132,7 +131,7 @@ def labelled_text(
     )
     return {
         s: few_shot(
-            encode(tokenizer, [texts[i] for i in rows[s]], length), [labels[i] for i in rows[s]]
+            encode(tokenizer, [texts[i] for i in held[s]], length), [labels[i] for i in held[s]]
         )
         for s in SPLITS
     }
@@ -174,8 +173,10 @@ def _columns(
                 f"{source} has no column {name!r}; its columns are {sorted(columns)}: say "
                 "text_column=... and label_column=..."
             )
+    given = rows.rows_of({name: columns[name] for name in (text, label)}, str(source))
+    texts = [rows.text(row, text) for row in given]
     # HWU64's class names hold a "/" in the original and a "_" in the published splits.
-    return list(columns[text]), [str(value).replace("/", "_") for value in columns[label]]
+    return texts, [str(rows.field(row, label)).replace("/", "_") for row in given]
 
 
 def _published(path: Path, key: str) -> Classes | None:
@@ -211,5 +212,5 @@ def _without_duplicates(texts: list[str], labels: list[str]) -> tuple[list[str],
     seen: dict[tuple[str, str], int] = {}
     for i, (text, label) in enumerate(zip(texts, labels, strict=True)):
         seen.setdefault((text.strip().casefold(), label), i)
-    rows = np.fromiter(seen.values(), int)
-    return [texts[i] for i in rows], [labels[i] for i in rows]
+    kept = seen.values()
+    return [texts[i] for i in kept], [labels[i] for i in kept]

@@ -18,6 +18,7 @@ from jmeta.tasks.text import TextTask
 from jmeta.tasks.tokenizer import Unified, cache_name, token_ids
 
 MLM = TextTask("MLM", 1)
+_VERSION = 1  # part of every cache key: raise it when the encoding changes
 
 
 class Corpus(NamedTuple):
@@ -38,7 +39,7 @@ def corpus(texts: Sequence[str], vocabulary: Unified) -> Corpus:
     Raises:
         ValueError: no text has a token.
     """
-    key = cache_key(texts=list(texts), tokenizer=cache_name(vocabulary))
+    key = cache_key(version=_VERSION, texts=list(texts), tokenizer=cache_name(vocabulary))
 
     def make() -> dict[str, np.ndarray]:
         ids = [each for each in token_ids(vocabulary.tokenizer, texts) if len(each)]
@@ -126,20 +127,20 @@ def masked(source: Corpus, vocabulary: Unified, positions: int, **shares: float)
         if k > texts:
             raise ValueError(f"{k} distinct texts cannot be drawn from a corpus of {texts}")
         tokens = np.full((k, positions), vocabulary.pad, np.int32)
-        taken: set[int] = set()
-        while len(taken) < k:
-            place = int(rng.integers(len(source.tokens)))
+        taken: list[tuple[int, int]] = []
+        for row in tokens:
+            # One of the tokens that are left, counted without the texts already taken.
+            place = int(rng.integers(len(source.tokens) - sum(b - a for a, b in taken)))
+            for begin, end in sorted(taken):
+                place += (end - begin) * (place >= begin)
             of = int(np.searchsorted(source.start, place, side="right")) - 1
-            if of in taken:
-                continue
-            begin, end = source.start[of], source.start[of + 1]
+            begin, end = map(int, source.start[of : of + 2])
+            taken.append((begin, end))
             start = rng.integers(
                 max(begin, place - room + 1), min(place, max(end - room, begin)) + 1
             )
             window = source.tokens[start : min(start + room, end)]
-            row = [vocabulary.cls[MLM.number], *window, vocabulary.sep]
-            tokens[len(taken), : len(row)] = row
-            taken.add(of)
+            row[: len(window) + 2] = [vocabulary.cls[MLM.number], *window, vocabulary.sep]
         mask = (tokens != vocabulary.pad).astype(np.float32)
         inputs, labels = corrupt(tokens, rng, vocabulary, **shares)
         return {

@@ -17,7 +17,7 @@ from jmeta.tasks.tokenizer import Pieces, Vocabulary, cache_name, token_ids, tok
 from jmeta.tasks.windows import windows
 
 UNANSWERABLE = "unanswerable"  # what is said where there is no answer
-_VERSION = 1  # part of every cache key: raise it when the encoding changes
+_VERSION = 2  # part of every cache key: raise it when the encoding changes
 
 
 class Prompts(NamedTuple):
@@ -48,7 +48,8 @@ def answered(
     """Prompts with their first gold answer, to train on: one row for each question.
 
     ``Context: ...``, ``Question: ...`` and ``Answer: ...``, a line each, and the end of text. Of a
-    context that is too long, the first window that holds the answer is taken, or the first of all.
+    context that is too long, the first window that holds the answer is taken; where the windows
+    cut it, one that begins at it; the first of all where the context does not hold it.
 
     Args:
         questions: the questions.
@@ -163,7 +164,7 @@ def _encode(
                 + (f" and {room} for the answer" if room else "")
             )
         cuts = windows(len(context.ids), free, stride)
-        for a, b in [_holding(questions[q], context, cuts)] if with_answer else cuts:
+        for a, b in [_holding(questions[q], context, cuts, free)] if with_answer else cuts:
             rows.append((q, [*head, *context.ids[a:b], *after], len(end)))
 
     tokens = np.full((len(rows), positions), vocabulary.pad, np.int32)
@@ -177,9 +178,9 @@ def _encode(
 
 
 def _holding(
-    question: Question, context: Pieces, cuts: Sequence[tuple[int, int]]
+    question: Question, context: Pieces, cuts: Sequence[tuple[int, int]], free: int
 ) -> tuple[int, int]:
-    """The first window with the whole of the first answer, or the first of all."""
+    """The first window with the whole of the first answer; one that begins at it; or the first."""
     if question.starts and question.starts[0] >= 0:
         begin = question.starts[0] + 1  # for the blank before the context
         end = begin + len(question.answers[0])
@@ -187,4 +188,7 @@ def _holding(
         for a, b in cuts:
             if len(held) and a <= held[0] and held[-1] < b:
                 return a, b
+        if len(held):
+            start = max(min(int(held[0]), len(context.ids) - free), 0)
+            return start, min(start + free, len(context.ids))
     return cuts[0]

@@ -17,7 +17,7 @@ from jmeta.tasks.inputs import frame
 from jmeta.tasks.questions import Question
 from jmeta.tasks.scores import Score, squad, squad2
 from jmeta.tasks.tokenizer import Pieces, Vocabulary, cache_name, token_ids, token_pieces
-from jmeta.tasks.windows import windows
+from jmeta.tasks.windows import check_outputs, windows
 
 _VERSION = 1  # part of every cache key: raise it when the encoding changes
 
@@ -233,9 +233,18 @@ def decode(
         One answer for each question, never empty unless the context has no token; ``give_up``
         turns some into "no answer".
 
+    Raises:
+        ValueError: the logits or the questions do not fit the windows, or a logit is NaN.
+
     Source:
         Devlin et al. 2019, "BERT", sections 4.2 and 4.3.
     """
+    check_outputs(start_logits, encoded.tokens.shape, "start_logits")
+    check_outputs(stop_logits, encoded.tokens.shape, "stop_logits")
+    if len(questions) != encoded.question[-1] + 1:
+        raise ValueError(
+            f"the windows are of {encoded.question[-1] + 1} questions, not of {len(questions)}"
+        )
     starts, stops = np.asarray(start_logits, np.float64), np.asarray(stop_logits, np.float64)
     positions = starts.shape[1]
     place = np.arange(positions)

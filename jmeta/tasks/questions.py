@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-from jmeta.tasks.rows import Row, field, inner, read_columns, rows_of, text
+from jmeta.tasks.rows import Row, field, inner, read_columns, rows_of, several, text, whole
+from jmeta.tasks.tokenizer import whole_characters
 
 
 class Known(NamedTuple):
@@ -102,30 +103,22 @@ def read(
 
 def _nested(row: Row) -> list[Question]:
     questions = []
-    for a, article in enumerate(field(row, "data")):
-        paragraphs = field(inner(row, article, f"article {a}"), "paragraphs")
+    for a, article in enumerate(several(row, "data")):
+        paragraphs = several(inner(row, article, f"article {a}"), "paragraphs")
         for p, each in enumerate(paragraphs):
             paragraph = inner(row, each, f"article {a}, paragraph {p}")
             context = text(paragraph, "context")
-            for q, asked in enumerate(field(paragraph, "qas")):
+            for q, asked in enumerate(several(paragraph, "qas")):
                 questions.append(_question(inner(paragraph, asked, f"question {q}"), context))
     return questions
 
 
 def _question(row: Row, context: str) -> Question:
     identity = str(field(row, "id"))
-    given = row.values.get("answers")
-    if row.values.get("is_impossible") or given is None:
-        given = []
-    if isinstance(given, Mapping):  # the hub: columns of texts and starts
-        given = [
-            {"text": said, "answer_start": start}
-            for said, start in zip(given["text"], given["answer_start"], strict=True)
-        ]
     answers = []
-    for a, each in enumerate(given):
+    for a, each in enumerate(_given(row)):
         answer = inner(row, each, f"question {identity!r}, answers[{a}]")
-        said, start = text(answer, "text"), int(field(answer, "answer_start"))
+        said, start = text(answer, "text"), whole(answer, "answer_start")
         if start < 0 or context[start : start + len(said)] != said:
             there = context[max(start, 0) : max(start, 0) + len(said)]
             raise ValueError(
@@ -142,10 +135,27 @@ def _question(row: Row, context: str) -> Question:
     )
 
 
+def _given(row: Row) -> Sequence[Any]:
+    """The answers of a question as objects; none where it cannot be answered."""
+    given = row.values.get("answers")
+    if row.values.get("is_impossible") or given is None:
+        return []
+    if not isinstance(given, Mapping):
+        return several(row, "answers")
+    columns = inner(row, given, "answers")  # the hub: columns of texts and starts
+    said, starts = several(columns, "text"), several(columns, "answer_start")
+    if len(said) != len(starts):
+        raise ValueError(f"{columns.where}: {len(said)} texts, but {len(starts)} starts")
+    return [{"text": a, "answer_start": b} for a, b in zip(said, starts, strict=True)]
+
+
 def _duorc(row: Row) -> Question:
     """DuoRC as on the hub: answers in free words, which may or may not be in the plot."""
     plot = text(row, "plot")
-    said = [] if row.values.get("no_answer") else [str(each) for each in field(row, "answers")]
+    given = [] if row.values.get("no_answer") else several(row, "answers")
+    said = [
+        whole_characters(each, f"{row.where}, field 'answers[{a}]'") for a, each in enumerate(given)
+    ]
     return Question(
         str(field(row, "question_id")),
         text(row, "question"),

@@ -55,7 +55,7 @@ def read(
     Args:
         path: a file or folder, or a name on the hub; by default the copy under
             ``$JMETA_DATA/amazon``.
-        split: the split, where the data tell splits apart.
+        split: the split, where the data tell splits apart; the copy is its own ``"train"``.
 
     Returns:
         The reviews.
@@ -65,7 +65,8 @@ def read(
         ValueError: a field is missing, a label is unknown or hidden, or a text is empty; the row
             and the field are named.
     """
-    return from_columns(read_columns(path, split, LOCAL, None), str(path or "the reviews"))
+    local = LOCAL if split == "train" else None  # it tells no splits apart
+    return from_columns(read_columns(path, split, local, None), str(path or "the reviews"))
 
 
 def from_columns(columns: Columns, name: str = "the reviews") -> Reviews:

@@ -10,6 +10,9 @@ import numpy as np
 
 from jmeta.data.sources import Columns, DataUnavailable, from_datasets, local_path
 from jmeta.tasks.text import HIDDEN
+from jmeta.tasks.tokenizer import whole_characters
+
+_DEV = ("dev", "validation", "val", "valid")  # one split under four names
 
 
 class Row(NamedTuple):
@@ -65,16 +68,32 @@ def text(row: Row, name: str) -> str:
         ValueError: it is missing, no text, or holds half of a surrogate pair.
     """
     value = field(row, name)
-    if not isinstance(value, str):
-        raise ValueError(f"{row.where}, field {name!r}: {value!r} is no text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{row.where}, field {name!r}: character {error.start} is half of a surrogate pair "
-            f"({value[error.start : error.end]!a}), so the file was decoded wrongly"
-        ) from error
-    return value
+    return whole_characters(value, f"{row.where}, field {name!r}")
+
+
+def whole(row: Row, name: str) -> int:
+    """A field that must be there and be a whole number, such as the place of a character.
+
+    Raises:
+        ValueError: it is missing, or no whole number.
+    """
+    value = field(row, name)
+    # A column with a gap holds its whole numbers as floats.
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
+        raise ValueError(f"{row.where}, field {name!r}: {value!r} is no whole number")
+    return int(value)
+
+
+def several(row: Row, name: str) -> Sequence[Any]:
+    """A field that must be there and be a list, which may be empty.
+
+    Raises:
+        ValueError: it is missing, or no list.
+    """
+    value = field(row, name)
+    if not isinstance(value, list | tuple | np.ndarray):
+        raise ValueError(f"{row.where}, field {name!r}: {value!r} is no list")
+    return list(value)
 
 
 def inner(row: Row, values: Any, where: str) -> Row:
@@ -106,6 +125,8 @@ def label(row: Row, classes: Sequence[str], order: Sequence[str], name: str = "l
     """
     value = row.values.get(f"{name}_name")
     value = row.values.get(name) if value is None else value
+    if isinstance(value, np.ndarray):
+        value = value.tolist()  # no label, but it can be compared and shown
     if value is None or value == "" or (value == -1 and not isinstance(value, bool)):
         return HIDDEN
     if isinstance(value, str):
@@ -130,8 +151,8 @@ def read_columns(
 
     Args:
         path: what the user names: a file, a folder, a name on the hub; or None.
-        split: the split.
-        local: where the copy lies under ``$JMETA_DATA``, or None.
+        split: the split; ``"dev"``, ``"val"`` and ``"validation"`` are one.
+        local: where the copy of this split lies under ``$JMETA_DATA``, or None.
         hub: name and configuration on the hub, or None.
 
     Returns:
@@ -141,28 +162,47 @@ def read_columns(
         DataUnavailable: there is neither; the message says what to do.
     """
     if path is not None:
-        found = local_path(path)
-        # A file is what the user says it is, unless it tells splits apart itself.
-        whole = found is not None and found.is_file()
-        columns = from_datasets(path, split=None if whole else split)
-        if whole and "split" in columns:
-            return from_datasets(path, split=split)
-        return columns
+        return _read_path(path, split)
     folder = os.environ.get("JMETA_DATA")
     if folder and local and os.path.exists(os.path.join(folder, local)):
-        columns = from_datasets(os.path.join(folder, local))
-        if "split" in columns:
-            return from_datasets(os.path.join(folder, local), split=split)
-        return columns
+        return _read_file(os.path.join(folder, local), split)
     if hub is None:
         raise DataUnavailable(
             f"there is no {split} split here: JMETA_DATA is {folder or 'not set'}, where "
             f"{local or 'no copy'} is looked for; pass path=..."
         )
     name, config = hub
-    return from_datasets(
-        name, split="validation" if split in ("dev", "val") else split, config=config
-    )
+    return from_datasets(name, split=_hub_name(split), config=config)
+
+
+def _read_path(path: str | os.PathLike[str], split: str) -> Columns:
+    found = local_path(path)
+    if found is None:
+        return from_datasets(path, split=_hub_name(split))
+    if found.is_file():
+        return _read_file(path, split)
+    names = [split, *(name for name in _DEV if split in _DEV and name != split)]
+    errors = []
+    for name in names:
+        try:
+            return from_datasets(path, split=name)
+        except ValueError as error:  # no such split
+            errors.append(error)
+    raise errors[0]
+
+
+def _read_file(path: str | os.PathLike[str], split: str) -> Columns:
+    """A file is what the caller says it is, unless it tells splits apart itself."""
+    columns = from_datasets(path)
+    if "split" not in columns:
+        return columns
+    there = set(columns["split"])
+    same = [name for name in _DEV if split in _DEV and name in there]
+    return from_datasets(path, split=split if split in there or not same else same[0])
+
+
+def _hub_name(split: str) -> str:
+    return "validation" if split in _DEV else split
 
 
 def _given(values: Mapping[str, Any]) -> list[str]:

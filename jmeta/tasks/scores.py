@@ -34,6 +34,35 @@ def _pair(predicted: Any, gold: Any) -> tuple[np.ndarray, np.ndarray]:
     return predicted, gold
 
 
+def check_classes(predicted: Any, classes: int, name: str) -> None:
+    """Refuse predictions that are no indices of classes; a name of a class would match nothing.
+
+    Raises:
+        ValueError: the first that is not 0 .. classes - 1 is named.
+
+    Example:
+        >>> check_classes(["entailment"], 2, "RTE")
+        Traceback (most recent call last):
+        ValueError: RTE: prediction 0 is 'entailment', not the index of one of 2 classes
+    """
+    for i, value in enumerate(np.asarray(predicted).tolist()):
+        if not isinstance(value, int | float) or value not in range(classes):
+            raise ValueError(
+                f"{name}: prediction {i} is {value!r}, not the index of one of {classes} classes"
+            )
+
+
+def check_answers(predicted: Sequence[str], name: str) -> None:
+    """Refuse predictions that are no texts.
+
+    Raises:
+        ValueError: the first that is none is named.
+    """
+    for i, value in enumerate(predicted):
+        if not isinstance(value, str):
+            raise ValueError(f"{name}: prediction {i} is {value!r}, no text")
+
+
 def accuracy(predicted: Any, gold: Any) -> float:
     """The share of predictions that are right, in per cent.
 
@@ -204,7 +233,8 @@ def squad2(
 ) -> dict[str, float]:
     """SQuAD 2.0: an empty answer stands for "unanswerable", and is right where no gold is left.
 
-    Gold answers of nothing but articles and punctuation do not count as answers.
+    Gold answers of nothing but articles and punctuation do not count as answers, except that a
+    question with such an answer alone still stands among those of ``HasAns_``.
 
     Args:
         predicted: one answer for each question; with ``null_odds`` the best answer that is not
@@ -234,9 +264,10 @@ def squad2(
     # An answer without a word has F1 1 exactly where the gold has none either.
     empty = np.asarray([not normalised(answer) for answer in predicted])
     answerable = np.asarray([bool(each) for each in real])
+    has = np.asarray([bool(len(each)) for each in golds])
     f1 = np.where(empty | ~answerable, empty & ~answerable, f1)
     found = {"EM": 100 * exact.mean(), "F1": 100 * f1.mean()}
-    for name, part in (("HasAns", answerable), ("NoAns", ~answerable)):
+    for name, part in (("HasAns", has), ("NoAns", ~has)):
         if part.any():
             found[f"{name}_EM"] = 100 * exact[part].mean()
             found[f"{name}_F1"] = 100 * f1[part].mean()
@@ -274,6 +305,8 @@ def aggregate(metrics: Mapping[str, Sequence[float]]) -> float:
     Example:
         >>> aggregate({"CB": (98.0, 96.0), "COPA": (91.0,)})
         94.0
+        >>> aggregate({"MLM": (60.0,), "SuperGLUE": (94.0,)})  # the overall score of both
+        77.0
 
     Source:
         Wang et al. 2019, "SuperGLUE", section 4.

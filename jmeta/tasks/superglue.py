@@ -15,8 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from jmeta.files import write_atomically
-from jmeta.tasks.rows import Row, field, inner, label, read_columns, rows_of, text
-from jmeta.tasks.scores import Score, accuracy, macro_f1, multirc, squad
+from jmeta.tasks.rows import Row, field, inner, label, read_columns, rows_of, several, text, whole
+from jmeta.tasks.scores import (
+    Score,
+    accuracy,
+    check_answers,
+    check_classes,
+    macro_f1,
+    multirc,
+    squad,
+)
 from jmeta.tasks.text import HIDDEN, Example, LabelToken, TextTask
 
 HUB = "aps/super_glue"
@@ -134,9 +142,9 @@ def _multirc(task: TextTask, row: Row) -> list[Example]:
         return [_answer(task, row, question, answer, text(row, "paragraph"), triple)]
     passage = inner(row, field(row, "passage"), "passage")
     body, examples = text(passage, "text"), []
-    for q, each in enumerate(field(passage, "questions")):
+    for q, each in enumerate(several(passage, "questions")):
         question = inner(row, each, f"question {q}")
-        for a, one in enumerate(field(question, "answers")):
+        for a, one in enumerate(several(question, "answers")):
             answer = inner(question, one, f"answer {a}")
             triple = (field(row, "idx"), field(question, "idx"), field(answer, "idx"))
             asked, said = text(question, "question"), text(answer, "text")
@@ -154,15 +162,16 @@ def _record(task: TextTask, row: Row) -> list[Example]:
     if isinstance(row.values.get("passage"), str):  # the hub: a row for every query
         passage, queries = text(row, "passage"), [row]
         columns = inner(row, field(row, "entity_spans"), "entity_spans")
-        mentions = list(zip(field(columns, "start"), field(columns, "end"), strict=True))
+        ends = [several(columns, name) for name in ("start", "end")]
+        mentions = list(zip(*ends, strict=True))
     else:
         inside = inner(row, field(row, "passage"), "passage")
         passage = text(inside, "text")
         entities = [
-            inner(row, each, f"entity {e}") for e, each in enumerate(field(inside, "entities"))
+            inner(row, each, f"entity {e}") for e, each in enumerate(several(inside, "entities"))
         ]
         mentions = [_place(each) for each in entities]
-        queries = [inner(row, each, f"query {q}") for q, each in enumerate(field(row, "qas"))]
+        queries = [inner(row, each, f"query {q}") for q, each in enumerate(several(row, "qas"))]
     for start, stop in mentions:
         if not 0 <= start < stop <= len(passage):
             raise ValueError(
@@ -182,7 +191,7 @@ def _record(task: TextTask, row: Row) -> list[Example]:
 
 
 def _place(row: Row) -> tuple[int, int]:
-    return field(row, "start"), field(row, "end") + 1  # the data give the last character
+    return whole(row, "start"), whole(row, "end") + 1  # the data give the last character
 
 
 def _gold(
@@ -208,7 +217,7 @@ def _wic(task: TextTask, row: Row) -> list[Example]:
     sides = []
     for side in "12":
         sentence = text(row, f"sentence{side}")
-        span = (field(row, f"start{side}"), field(row, f"end{side}"))
+        span = (whole(row, f"start{side}"), whole(row, f"end{side}"))
         if not 0 <= span[0] < span[1] <= len(sentence):
             raise ValueError(
                 f"{row.where}, fields 'start{side}' and 'end{side}': characters {span[0]} to "
@@ -219,11 +228,11 @@ def _wic(task: TextTask, row: Row) -> list[Example]:
 
 
 def _wsc(task: TextTask, row: Row) -> list[Example]:
-    target = inner(row, row.values["target"], "target") if "target" in row.values else row
+    target = inner(row, field(row, "target"), "target") if "target" in row.values else row
     body = text(row, "text")
     texts = [text(target, f"span{side}_text") for side in "12"]
     spans = [
-        _word_span(target, body, field(target, f"span{side}_index"), said)
+        _word_span(target, body, whole(target, f"span{side}_index"), said)
         for side, said in zip("12", texts, strict=True)
     ]
     both = starred(body, spans)[0]
@@ -240,21 +249,20 @@ def _word_span(row: Row, body: str, index: int, said: str) -> tuple[int, int]:
             f"{row.where}: {said!r} is said to begin at word {index} of a text of {len(words)}"
         )
     start = words[index][0]
-    if body[start:].casefold().startswith(said.casefold()) and said:
-        return start, start + len(said)
-    wanted = {_bare(word) for word in said.split()}
-    occurs = [_bare(body[a:b]) in wanted for a, b in words]
-    first = next((i for i in range(index, len(words)) if occurs[i]), None)
-    if first is None:
-        return words[index]
-    last = first
-    while last + 1 < len(words) and occurs[last + 1]:
-        last += 1
-    return words[first][0], words[last][1]
+    stop = start + len(said)
+    if body[start:stop].casefold() == said.casefold() and said:
+        return start, stop
+    wanted, found = {_bare(word) for word in said.split()}, []
+    for place in words[index:]:
+        word = _bare(body[slice(*place)])
+        if word in wanted:
+            wanted.remove(word)  # each once: the same word may come again, far behind
+            found.append(place)
+    return (found[0][0], found[-1][1]) if found else words[index]
 
 
 def _bare(word: str) -> str:
-    return word.casefold().strip(".,;:!?\"'()")
+    return re.sub(r"\W+", "", word).casefold()
 
 
 _READERS: dict[str, Callable[[TextTask, Row], list[Example]]] = {
@@ -282,14 +290,14 @@ def score(name: str, predicted: Sequence[Any], examples: Sequence[Example]) -> S
         CB: macro-F1 and accuracy; MultiRC: F1a and EM; ReCoRD: F1 and EM; others: accuracy.
 
     Raises:
-        ValueError: a label is hidden, or there are not as many predictions as examples.
+        ValueError: a label is hidden, a prediction is no class of the task (for ReCoRD no text),
+            or there are not as many predictions as examples.
     """
     task = _task(name)
-    if len(predicted) != len(examples):
-        raise ValueError(f"{name}: {len(predicted)} predictions for {len(examples)} examples")
     for i, example in enumerate(examples):
         if example.label == HIDDEN:
             raise ValueError(f"the label of row {i} of {name} is hidden: there is no score")
+    _check_predicted(task, predicted, examples)
     if task.kind == "spans":
         found = squad(predicted, [example.answers for example in examples])
         return Score({"F1": found["F1"], "EM": found["EM"]}, len(examples))
@@ -301,6 +309,15 @@ def score(name: str, predicted: Sequence[Any], examples: Sequence[Example]) -> S
     else:
         metrics = {"accuracy": accuracy(predicted, gold)}
     return Score(metrics, len(examples))
+
+
+def _check_predicted(task: TextTask, predicted: Sequence[Any], examples: Sequence[Example]) -> None:
+    if len(predicted) != len(examples):
+        raise ValueError(f"{task.name}: {len(predicted)} predictions for {len(examples)} examples")
+    if task.kind == "spans":
+        check_answers(predicted, task.name)
+    else:
+        check_classes(predicted, len(task.classes), task.name)
 
 
 def official(
@@ -316,11 +333,15 @@ def official(
     Returns:
         One object per line of the file.
 
+    Raises:
+        ValueError: as for ``score``, except that labels may be hidden.
+
     Example:
         >>> official("RTE", [1], [Example("h", "p", idx=7)])
         [{'idx': 7, 'label': 'entailment'}]
     """
     task = _task(name)
+    _check_predicted(task, predicted, examples)
     pairs = list(zip(predicted, examples, strict=True))
     if name == "MultiRC":
         return _official_multirc(pairs)

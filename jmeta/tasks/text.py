@@ -16,8 +16,15 @@ import numpy as np
 from jmeta.core.types import Array
 from jmeta.data.cache import cache_key, cached_arrays
 from jmeta.files import cache_dir
-from jmeta.tasks.tokenizer import Pieces, Unified, cache_name, token_ids, token_pieces
-from jmeta.tasks.windows import pair_windows, windows
+from jmeta.tasks.tokenizer import (
+    Pieces,
+    Unified,
+    cache_name,
+    token_ids,
+    token_pieces,
+    whole_characters,
+)
+from jmeta.tasks.windows import check_outputs, pair_windows, windows
 
 HIDDEN = -1  # the label of an example whose label is not given, as in a test set
 LabelToken = Literal["sep", "mask", "cls"]
@@ -158,22 +165,28 @@ def _check(task: TextTask, examples: Sequence[Example], positions: int) -> None:
     for i, example in enumerate(examples):
         where = f"row {i} of {task.name} (idx {example.idx!r})"
         for field, text in (("a", example.a), ("b", example.b)):
-            if not isinstance(text, str) and (field == "a" or text is not None):
-                raise ValueError(f"{where}, field {field!r}: {text!r} is no text")
+            if field == "a" or text is not None:
+                whole_characters(text, f"{where}, field {field!r}")
         needed = 3 if example.b is None else 5
         if positions < needed:
             raise ValueError(f"{where} needs at least {needed} positions, not {positions}")
-        if task.kind == "classes" and example.label not in range(HIDDEN, len(task.classes)):
-            raise ValueError(
-                f"{where}, field 'label': {example.label!r} is no index of {task.classes} "
-                f"({HIDDEN} stands for a hidden label)"
-            )
+        _check_label(task, example.label, f"{where}, field 'label': {example.label!r} is")
         for start, stop in example.spans:
             if not 0 <= start <= stop <= len(example.b or ""):
                 raise ValueError(
                     f"{where}, field 'spans': characters {start} to {stop} are outside of a text "
                     f"of {len(example.b or '')}"
                 )
+
+
+def _check_label(task: TextTask, label: Any, said: str) -> None:
+    hidden = f"({HIDDEN} stands for a hidden label)"
+    if not isinstance(label, int | float | np.number | np.bool_) or not np.isfinite(label):
+        raise ValueError(f"{said} no number {hidden}")
+    if task.kind == "classes" and label not in range(HIDDEN, len(task.classes)):
+        raise ValueError(f"{said} no index of {task.classes} {hidden}")
+    if task.kind == "spans" and label not in (0, HIDDEN):
+        raise ValueError(f"{said} not 0, which says that the answers are known {hidden}")
 
 
 def _encode(
@@ -293,7 +306,11 @@ def decode_classes(scores: Array, encoded: Encoded) -> np.ndarray:
 
     Returns:
         int64 ``[examples]``.
+
+    Raises:
+        ValueError: the scores have another shape, or one is NaN.
     """
+    check_outputs(scores, (len(encoded.tokens), len(encoded.class_tokens)), "scores")
     summed = np.zeros((len(encoded.label), len(encoded.class_tokens)))
     np.add.at(summed, encoded.example, np.asarray(scores, np.float64))
     return (summed / np.bincount(encoded.example)[:, None]).argmax(-1)
@@ -325,7 +342,12 @@ def decode_spans(ids: Array, log_probs: Array, encoded: Encoded, vocabulary: Uni
 
     Returns:
         A text for each example, empty where every position of B says [SEP].
+
+    Raises:
+        ValueError: ids or log-probabilities have another shape, or one is NaN.
     """
+    for outputs, name in ((ids, "ids"), (log_probs, "log_probs")):
+        check_outputs(outputs, encoded.tokens.shape, name)
     tokens = np.asarray(ids)
     place = np.arange(tokens.shape[1])
     in_b = (place >= encoded.second[:, None]) & (place < encoded.length[:, None] - 1)

@@ -307,16 +307,40 @@ def token_pieces(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Pieces]:
     return [pieces[place[text]] for text in texts]
 
 
+def whole_characters(value: Any, where: str) -> str:
+    """A value that must be text of whole characters, as every tokeniser needs it.
+
+    Args:
+        value: anything.
+        where: what the error calls it.
+
+    Returns:
+        The text.
+
+    Raises:
+        ValueError: it is no text, or holds half of a surrogate pair, which is no character.
+
+    Example:
+        >>> whole_characters(7, "row 3")
+        Traceback (most recent call last):
+        ValueError: row 3: 7 is no text
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {value!r} is no text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: character {error.start} is half of a surrogate pair "
+            f"({value[error.start : error.end]!a}), so the file was decoded wrongly"
+        ) from error
+    return value
+
+
 def _places(texts: Sequence[str]) -> dict[str, int]:
     """The place of each distinct text among the distinct texts."""
     for i, text in enumerate(texts):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"text {i} cannot be tokenised: character {error.start} is half of a surrogate "
-                f"pair ({text[error.start : error.end]!a}), so the file was decoded wrongly"
-            ) from error
+        whole_characters(text, f"text {i} cannot be tokenised")
     return {text: i for i, text in enumerate(dict.fromkeys(texts))}
 
 

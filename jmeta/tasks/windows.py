@@ -5,6 +5,10 @@ A stride is the distance from the start of one window to the start of the next.
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+
 
 def windows(length: int, room: int, stride: int) -> list[tuple[int, int]]:
     """Cut a sequence into windows of at most ``room`` tokens that together hold all of it.
@@ -96,3 +100,27 @@ def pair_windows(
         for a in windows(first, max(of_first, 1), stride)
         for b in windows(second, max(of_second, 1), stride)
     ]
+
+
+def check_outputs(outputs: Any, shape: tuple[int, ...], name: str) -> None:
+    """Refuse a model's outputs that do not fit its windows, or are NaN and so an answer like any.
+
+    Args:
+        outputs: an array, a row for each window.
+        shape: the shape it must have.
+        name: what errors call it.
+
+    Raises:
+        ValueError: the shape differs, or a row holds NaN; the first such window is named.
+
+    Example:
+        >>> check_outputs([[0.0, float("nan")]], (1, 2), "scores")
+        Traceback (most recent call last):
+        ValueError: scores of window 0 hold NaN: the model has diverged
+    """
+    values = np.asarray(outputs)
+    if values.shape != shape:
+        raise ValueError(f"{name} have the shape {values.shape}, not {shape}: a row for a window")
+    wrong = np.flatnonzero(np.isnan(values.astype(np.float64)).any(-1))
+    if len(wrong):
+        raise ValueError(f"{name} of window {wrong[0]} hold NaN: the model has diverged")

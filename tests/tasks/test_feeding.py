@@ -140,8 +140,28 @@ def test_small_tasks_and_unequal_lengths_are_errors(bpe, mixture, source):
     one = encode(TASK, [Example("a", label=0)], bpe, positions=12)
     with pytest.raises(ValueError, match=r"tiny has 1, needs 2 distinct examples \(1 support \+ 1"):
         meta_batches([labelled("tiny", one)], size=2, samples_per_task=1)
-    longer = encode(TASK, [Example("a", label=0)] * 3, bpe, positions=13)
-    with pytest.raises(ValueError, match=r"as many positions, not {'feed': 12, 'long': 13}"):
-        meta_batches([mixture[0][0], labelled("long", longer)], size=2, samples_per_task=1)
+    longer = encode(TASK, [Example(f"{i}", label=0) for i in range(3)], bpe, positions=13)
+    with pytest.raises(ValueError, match=r"as many positions, not feed with 12, feed with 13"):
+        meta_batches([mixture[0][0], labelled("feed", longer)], size=2, samples_per_task=1)
     with pytest.raises(ValueError, match="no episodes from 0 tasks"):
         meta_batches([], size=2, samples_per_task=1)
+
+
+def test_equal_examples_are_drawn_once(bpe):
+    said = [("the cat", 0), ("a dog " * 9, 1), ("the cat", 0), ("a dog " * 9, 1), ("the cat", 1)]
+    examples = [Example(a, label=label) for a, label in said]
+    source = labelled("twice", encode(TASK, examples, bpe, positions=12, stride=6))
+    assert source.examples == 3
+    for seed in range(20):
+        drawn = source.draw(np.random.default_rng(seed), 3)
+        pairs = np.concatenate([drawn["tokens"], drawn["labels"]], axis=1)
+        assert len(np.unique(pairs, axis=0)) == 3
+
+
+def test_examples_without_a_label_are_nothing_to_learn_from(bpe):
+    hidden = encode(TASK, [Example("a", label=0), Example("b")], bpe, positions=12)
+    with pytest.raises(ValueError, match="the label of row 1 of feed is hidden"):
+        labelled("feed", hidden)
+    likeness = encode(TextTask("likeness", 18, kind="score"), [Example("a", "b", 1.0)], bpe)
+    with pytest.raises(ValueError, match="likeness has scores in place of labels"):
+        labelled("likeness", likeness)

@@ -51,6 +51,10 @@ def test_likeness_is_a_number(tmp_path):
         assert example.label == 3.8
     with pytest.raises(ValueError, match=r"row 0 of STS-B, field 'score': 5.5 is no number from"):
         glue.read("STS-B", path=written(tmp_path, [{**row, "score": 5.5}]))
+    with pytest.raises(ValueError, match="row 0 of STS-B, field 'score': True is no number from"):
+        glue.read("STS-B", path=written(tmp_path, [{**row, "score": True}]))
+    (example,) = glue.read("STS-B", "test", path=written(tmp_path, [row]))
+    assert example.label == HIDDEN
 
 
 def test_every_task_has_a_number_and_tokens_of_its_own():
@@ -92,6 +96,12 @@ def test_mistakes_say_what_to_do(tmp_path, monkeypatch):
         glue.read("SST-2", path=written(tmp_path, [{"sentence": "x", "label": "good"}]))
     with pytest.raises(ValueError, match="row 0 of MRPC has no field 'sentence2'"):
         glue.read("MRPC", path=written(tmp_path, [{"sentence1": "x", "label": 1}]))
+    with pytest.raises(ValueError, match="GLUE has no task 'Cola'"):
+        glue.score("Cola", [1], [Example("x", label=1)])
+    with pytest.raises(ValueError, match="RTE: prediction 0 is 'entailment', not the index of"):
+        glue.score("RTE", ["entailment"], [Example("x", "y", 1)])
+    with pytest.raises(ValueError, match="STS-B: 1 predictions for 2 examples"):
+        glue.score("STS-B", [1.0], [Example("x", "y", 1.0)] * 2)
     monkeypatch.delenv("JMETA_DATA", raising=False)
     with pytest.raises(DataUnavailable, match=r"'nyu-mll/glue' .* local copy"):
         glue.read("MNLI")
@@ -123,6 +133,44 @@ def test_real_files(jmeta_data, bpe, name, split, n, positive):
         assert sum(e.label for e in examples) == positive
     encoded = encode(glue.TASKS[name], examples[:50], bpe, positions=64, stride=32)
     assert text.batch(encoded, [0])["weights"].sum() == encoded.length[0]
+
+
+def test_a_copy_of_one_split_is_not_taken_for_another(tmp_path, monkeypatch):
+    rows = [{"sentence": "seen", "label": 1}]
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    (tmp_path / "glue").mkdir()
+    pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "glue" / "sst2_train.parquet")
+    asked = []
+
+    def hub(name, split=None, config=None):
+        asked.append((name, split, config))
+        return {"sentence": ["fresh"], "label": np.array([0])}
+
+    monkeypatch.setenv("JMETA_DATA", str(tmp_path))
+    assert [e.a for e in glue.read("SST-2", "train")] == ["seen"]
+    monkeypatch.setattr("jmeta.tasks.rows.from_datasets", hub)
+    for split in ("dev", "val", "validation"):
+        assert [e.a for e in glue.read("SST-2", split)] == ["fresh"]
+    assert set(asked) == {("nyu-mll/glue", "validation", "sst2")}
+
+
+@pytest.mark.parametrize("kept_as", ["dev", "validation"])
+@pytest.mark.parametrize("asked_as", ["dev", "val", "validation"])
+def test_dev_and_validation_are_one_split(tmp_path, kept_as, asked_as):
+    import datasets
+
+    rows = [{"sentence": s, "label": 0, "split": s} for s in ("train", kept_as)]
+    path = written(tmp_path, rows)
+    assert [e.a for e in glue.read("CoLA", asked_as, path=path)] == [kept_as]
+    parts = {s: datasets.Dataset.from_dict({"sentence": [s], "label": [0]}) for s in ("train",)}
+    parts[kept_as] = datasets.Dataset.from_dict({"sentence": [kept_as], "label": [0]})
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    found = glue.read("CoLA", asked_as, path=tmp_path / "saved")
+    assert [e.a for e in found] == [kept_as]
+    with pytest.raises(ValueError, match="no split 'test'"):
+        glue.read("CoLA", "test", path=tmp_path / "saved")
 
 
 def test_one_data_set_under_two_names_is_one(jmeta_data):

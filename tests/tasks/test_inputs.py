@@ -72,5 +72,33 @@ def test_a_labelled_task_gives_episodes():
     assert episode.query["x"]["mask"].dtype == np.float32
     with pytest.raises(ValueError, match="the label of row 1 of RTE is hidden"):
         inputs.labelled(TASKS["RTE"], [rows[0], Example("a", "b")], BERT)
+    for wrong in (0.5, "1", float("nan"), None, 2):
+        with pytest.raises(ValueError, match=f"the label of row 1 of RTE .*: {wrong!r}"):
+            inputs.labelled(TASKS["RTE"], [rows[0], Example("a", "b", wrong)], BERT)
+    with pytest.raises(ValueError, match="input 1, first text: None is no text"):
+        inputs.labelled(TASKS["RTE"], [rows[0], Example(None, "b", 0)], BERT)
     with pytest.raises(ValueError, match="STS-B has no classes"):
         inputs.labelled(glue.TASKS["STS-B"], rows, BERT)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["a", None], "input 1: None is no text"),
+        ([("a", 3)], "input 0, second text: 3 is no text"),
+        ([("a", "b", "c")], "input 0 is neither a text nor a pair: it holds 3 things"),
+        (["a", "\ud83d"], "input 1: character 0 is half of a surrogate pair"),
+    ],
+)
+def test_what_is_no_text_is_named(texts, message):
+    with pytest.raises(ValueError, match=message):
+        inputs.encode(texts, BERT)
+
+
+def test_equal_inputs_of_a_class_are_kept_once():
+    said = [("a", 0), ("b", 0), ("a ", 0), ("a", 1), ("b b", 0), ("b b b", 0)]
+    rows = [Example(a, label=label) for a, label in said]
+    source = inputs.labelled(glue.TASKS["SST-2"], rows, BERT, positions=4)
+    # the last two are cut to the same four tokens; one text in two classes stays in both
+    assert source.y.tolist() == [0, 0, 1, 0]
+    assert source.x["tokens"].tolist() == [[3, 0, 4, 2], [3, 1, 4, 2], [3, 0, 4, 2], [3, 1, 1, 4]]

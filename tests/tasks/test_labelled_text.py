@@ -72,6 +72,33 @@ def test_mistakes_are_named(table, bad, message):
         labelled_text(table, **{**good, **bad})
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"words": None}, "row 42 of .* has no field 'words'"),
+        ({"words": 7.0}, "row 42 of .*, field 'words': 7.0 is no text"),
+        ({"group": None}, "row 42 of .* has no field 'group'"),
+    ],
+)
+def test_a_row_without_text_or_label_is_named(change, message, monkeypatch):
+    rows = [{"words": f"{i}", "group": f"{i % 7}"} for i in range(42)]
+    rows.append({"words": "x", "group": "a", **change})
+    columns = {name: [row[name] for row in rows] for name in ("words", "group")}
+    monkeypatch.setattr("jmeta.tasks.labelled_text.from_datasets", lambda *_, **__: columns)
+    with pytest.raises(ValueError, match=message):
+        labelled_text("mine", text_column="words", label_column="group", vocab=280)
+
+
+def test_a_gap_among_numbers_is_no_class(monkeypatch):
+    columns = {
+        "text": [f"{i}" for i in range(8)],
+        "label": np.array([0.0, 1, 2, 3, 4, 5, 6, np.nan]),
+    }
+    monkeypatch.setattr("jmeta.tasks.labelled_text.from_datasets", lambda *_, **__: columns)
+    with pytest.raises(ValueError, match="row 7 of mine has no field 'label'"):
+        labelled_text("mine", vocab=280)
+
+
 def test_a_known_name_without_data_says_what_to_do(monkeypatch):
     monkeypatch.delenv("JMETA_DATA", raising=False)
     for name in KNOWN:

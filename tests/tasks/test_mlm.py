@@ -98,6 +98,34 @@ def test_windows_of_a_corpus(bpe, wordpiece):
         assert not both["weights"].any()
 
 
+class Counted:
+    """A generator that counts how many whole numbers it was asked for."""
+
+    def __init__(self, seed):
+        self.rng, self.integers_drawn = np.random.default_rng(seed), 0
+
+    def integers(self, *args, **settings):
+        self.integers_drawn += 1
+        return self.rng.integers(*args, **settings)
+
+    def random(self, *args):
+        return self.rng.random(*args)
+
+
+def test_small_texts_beside_a_huge_one_are_found_at_once(bpe):
+    texts = ["a", "b" * 20_000, "c", "d"]
+    source = masked(corpus(texts, bpe), bpe, 8, select=0.0)
+    seconds = []
+    for seed in range(200):
+        rng = Counted(seed)
+        drawn = source.draw(rng, 4)["tokens"]
+        assert rng.integers_drawn <= 2 * 4 + 1  # a place and a start for each, one for the fates
+        assert {bpe.tokenizer.decode(row[1:2].tolist()) for row in drawn} >= {"a", "c", "d"}
+        seconds.append(bpe.tokenizer.decode(drawn[1, 1:2].tolist()))
+    # once the huge text is taken, the others come alike
+    assert stats.chisquare([seconds.count(c) for c in "acd"]).pvalue > 1e-3
+
+
 def test_every_token_of_a_long_text_can_be_drawn(bpe):
     text = corpus([" ".join(map(str, range(40)))], bpe)
     source = masked(text, bpe, 12, select=0.0)

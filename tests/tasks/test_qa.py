@@ -183,6 +183,19 @@ def test_no_answer_must_hold_in_every_window(own):
     assert qa.give_up([answer], threshold=-9) == [""]
 
 
+def test_logits_that_are_nan_or_of_other_questions_are_no_answers(own):
+    question = Question("q", "who?", "the cat sat", (), ())
+    windows = qa.encode([question], own, positions=24)
+    right, wrong = np.zeros((2, *windows.tokens.shape))
+    wrong[0, 20] = np.nan
+    with pytest.raises(ValueError, match="stop_logits of window 0 hold NaN"):
+        qa.decode(right, wrong, windows, [question])
+    with pytest.raises(ValueError, match="start_logits have the shape"):
+        qa.decode(right[:, 1:], right, windows, [question])
+    with pytest.raises(ValueError, match="the windows are of 1 questions, not of 2"):
+        qa.decode(right, right, windows, [question] * 2)
+
+
 def test_scores_of_answerable_and_of_mixed_questions():
     both = [Question("0", "q", "a cat", ("a cat",), (0,)), Question("1", "q", "a cat")]
     answers = [Answer("cat", 2, 5, 1.0, -1.0), Answer("cat", 2, 5, 1.0, 0.5)]
@@ -237,6 +250,9 @@ def test_duorc_of_the_hub_has_answers_that_are_not_in_the_plot(tmp_path):
     some, none = questions.read("duorc", path=path)
     assert (some.answers, some.starts) == (("Bo", "Bob"), (8, -1))
     assert none.answers == ()
+    path.write_text(json.dumps({**row, "answers": ["Bo", None], "no_answer": False}))
+    with pytest.raises(ValueError, match=r"row 0 of duorc, field 'answers\[1\]': None is no text"):
+        questions.read("duorc", path=path)
 
 
 @pytest.mark.parametrize(
@@ -247,6 +263,14 @@ def test_duorc_of_the_hub_has_answers_that_are_not_in_the_plot(tmp_path):
         ([{"id": "1", "answers": []}], "question 0 has no field 'question'"),
         ([{"id": "1", "question": "q", "answers": [{"text": "Bo"}]}],
          r"answers\[0\] has no field 'answer_start'"),
+        ([{"id": "1", "question": "q", "answers": [{"text": "Ann", "answer_start": "0"}]}],
+         r"answers\[0\], field 'answer_start': '0' is no whole number"),
+        ([{"id": "1", "question": "q", "answers": [{"text": "Ann", "answer_start": 0.5}]}],
+         r"answers\[0\], field 'answer_start': 0.5 is no whole number"),
+        ([{"id": "1", "question": "q", "answers": 3}], "question 0, field 'answers': 3 is no list"),
+        ([{"id": "1", "question": "q", "answers": {"text": ["Ann"], "answer_start": []}}],
+         "question 0, answers: 1 texts, but 0 starts"),
+        ({"id": "1"}, "field 'qas': {'id': '1'} is no list"),
         ([{"id": "1", "question": "q", "answers": [{"text": "Ann", "answer_start": -2}]}],
          "field 'answer_start'"),
     ],
@@ -345,9 +369,22 @@ def test_a_long_context_is_shown_where_its_answer_is(own, monkeypatch, data, pos
         assert said_by(own, trained.tokens[0][trained.mask[0] == 1]).startswith(
             f"Context: {context}\n"
         )
-    if stride == 1:
-        body = said_by(own, trained.tokens[0][trained.mask[0] == 1]).split("\nQuestion")[0]
-        assert "QQ" in body
+    # whatever the stride: the two letters are one token or two, and there is room for two
+    body = said_by(own, trained.tokens[0][trained.mask[0] == 1]).split("\nQuestion")[0]
+    assert "QQ" in body
+
+
+@pytest.mark.parametrize("place", [0, 10, 37, 70])
+def test_an_answer_that_every_window_cuts_is_shown_all_the_same(own, place):
+    context = f"{'x' * place}QWQWQWQWQW{'y' * (70 - place)}"
+    question = Question("q", "who?", context, ("QWQWQWQWQW",), (place,))
+    (front,) = prompts.to_answer([Question("q", "who?", "")], own, positions=120).mask
+    (ids,) = token_ids(own.tokenizer, [" QWQWQWQWQW"])
+    room = int(front.sum()) + len(ids) + 1 + 12
+    for stride in (1, 12, 100):  # windows of 12 tokens; a stride of 12 leaves no overlap
+        rows = prompts.answered([question], own, positions=room, stride=stride)
+        shown = said_by(own, rows.tokens[0][rows.mask[0] == 1]).split("\nQuestion")[0]
+        assert "QWQWQWQWQW" in shown
 
 
 def test_prompts_that_do_not_fit_and_no_end_of_text(own):

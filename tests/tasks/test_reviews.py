@@ -1,3 +1,4 @@
+import gzip
 import json
 
 import jax
@@ -109,6 +110,15 @@ def test_without_data_it_is_said_what_to_do(monkeypatch, tmp_path):
         reviews.read()
     with pytest.raises(DataUnavailable, match="no file or folder"):
         reviews.read(tmp_path / "none.jsonl")
+    # the copy tells no splits apart, so it is not the test split
+    (tmp_path / "amazon").mkdir()
+    row = {"text": "good", "label": "positive", "domain": "a"}
+    with gzip.open(tmp_path / reviews.LOCAL, "wt") as file:
+        file.write(json.dumps(row))
+    monkeypatch.setenv("JMETA_DATA", str(tmp_path))
+    assert reviews.read().texts == ["good"]
+    with pytest.raises(DataUnavailable, match="there is no test split here"):
+        reviews.read(split="test")
 
 
 def test_texts_are_framed_cut_and_padded(wordpiece_tokenizer):

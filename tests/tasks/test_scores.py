@@ -110,6 +110,14 @@ def test_squad2_by_hand(predicted, golds, exact, f1):
     assert (found["EM"], found["F1"]) == pytest.approx((100 * exact, 100 * f1))
 
 
+def test_squad2_counts_a_question_with_an_article_for_an_answer_as_answered():
+    # By the official script: it is scored like one without an answer, but listed with the others.
+    found = scores.squad2(["", "", "x"], [["the"], [], ["x"]])
+    assert (found["EM"], found["HasAns_EM"], found["NoAns_EM"]) == (100.0, 100.0, 100.0)
+    found = scores.squad2(["x", ""], [["the"], []])
+    assert (found["HasAns_EM"], found["NoAns_EM"]) == (0.0, 100.0)
+
+
 def test_squad2_thresholds_are_the_best_of_all():
     golds = [["cat"], [], ["a dog"], [], ["cow"], ["big cow"]]
     answers = ["cat", "cat", "horse", "dog", "cow", "cow"]

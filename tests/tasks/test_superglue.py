@@ -227,7 +227,9 @@ def test_golden_stars():
     [
         ("Mark told Pete", 2, "pete", "Mark told *Pete*"),  # case does not matter
         ("a  b\nc him", 3, "him", "a  b\nc *him*"),  # words, whatever the blanks between
-        ("the big Cat's hat", 0, "the big cats", "*the big* Cat's hat"),  # first to last word
+        ("the big Cat's hat", 0, "the big cats", "*the big Cat's* hat"),  # first to last word
+        ("the big, um, cat, the dog", 0, "big the cat", "*the big, um, cat,* the dog"),  # once
+        ("Straße ist lang", 0, "STRASSE", "*Straße* ist lang"),  # as long as it stands there
         ("to use it , now", 1, "it", "to use *it* , now"),  # a little too early
         ("to use it", 1, "zebra", "to *use* it"),  # not there at all: the word that is named
         ("new  pass word", 1, "pass word", "new  *pass word*"),
@@ -252,12 +254,20 @@ BAD = [
     ("BoolQ", {"passage": None}, r"row 1 of BoolQ has no field 'passage'; its fields are \['idx'"),
     ("BoolQ", {"passage": 3}, "row 1 of BoolQ, field 'passage': 3 is no text"),
     ("BoolQ", {"label": 2}, r"row 1 of BoolQ, field 'label': 2 is none of \('False', 'True'\)"),
+    ("BoolQ", {"label": [0, 1]}, "row 1 of BoolQ, field 'label'"),
     ("CB", {"label": "maybe"}, "row 1 of CB, field 'label': 'maybe' is none of"),
     ("COPA", {"question": "why"}, "'why' is not 'cause' or 'effect'"),
     ("WiC", {"end1": 99}, "'start1' and 'end1': characters 4 to 99 are outside"),
+    ("WiC", {"end1": "8"}, "row 1 of WiC, field 'end1': '8' is no whole number"),
+    ("WSC", {"target": None}, "row 1 of WSC has no field 'target'"),
+    ("WSC", {"target": {**ROWS["WSC"]["target"], "span2_index": 0.5}},
+     "row 1 of WSC, target, field 'span2_index': 0.5 is no whole number"),
     ("WSC", {"target": {**ROWS["WSC"]["target"], "span1_index": 40}},
      "row 1 of WSC, target: 'Mark' is said to begin at word 40 of a text of 6"),
     ("MultiRC", {"passage": {"text": "t"}}, "row 1 of MultiRC, passage has no field 'questions'"),
+    ("MultiRC", {"passage": {"text": "t", "questions": 3}},
+     "row 1 of MultiRC, passage, field 'questions': 3 is no list"),
+    ("ReCoRD", {"qas": "q"}, "row 1 of ReCoRD, field 'qas': 'q' is no list"),
     ("MultiRC", {"passage": "t"}, "field 'passage': 't' is no object"),
     ("ReCoRD", {"passage": {"text": "Ann", "entities": [{"start": 1, "end": 3}]}},
      "row 1 of ReCoRD, field 'entities': characters 1 to 4 are outside"),
@@ -279,8 +289,14 @@ def test_mistakes_name_the_row_and_the_field(name, change, message, monkeypatch)
 def test_names_and_lengths_are_checked(tmp_path):
     with pytest.raises(ValueError, match=r"no task 'ANLI'; its tasks are \['BoolQ'"):
         read("ANLI")
-    with pytest.raises(ValueError, match="RTE: 2 predictions for 1 examples"):
-        superglue.score("RTE", [0, 1], [Example("a", "b", 1)])
+    for check in (superglue.score, superglue.official):
+        with pytest.raises(ValueError, match="RTE: 2 predictions for 1 examples"):
+            check("RTE", [0, 1], [Example("a", "b", 1)])
+        for wrong in ("entailment", -1, 2, 0.5, None):
+            with pytest.raises(ValueError, match=f"RTE: prediction 0 is {wrong!r}, not the index"):
+                check("RTE", [wrong], [Example("a", "b", 1)])
+        with pytest.raises(ValueError, match="ReCoRD: prediction 1 is None, no text"):
+            check("ReCoRD", ["Bo", None], [Example("a", "b", 0, answers=("Bo",))] * 2)
 
 
 def test_without_data_or_network_one_sentence_says_what_to_do(monkeypatch):

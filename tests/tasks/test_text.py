@@ -395,6 +395,13 @@ def test_a_damaged_cache_is_made_again_and_said(bpe):
         ([], 9, "yes-no has no example"),
         ([Example("a"), Example("a", label=2)], 9, r"row 1 .* 'label': 2 is no index of \('no'"),
         ([Example("a", label=-2)], 9, "field 'label': -2"),
+        ([Example("a", label="1")], 9, r"row 0 of yes-no .* 'label': '1' is no number"),
+        ([Example("a", label=float("nan"))], 9, r"row 0 of yes-no .* 'label': nan is no number"),
+        (
+            [Example("a"), Example("a", "b\ud83d")],
+            9,
+            r"row 1 .* 'b': character 1 is half of a",
+        ),
         ([Example(None)], 9, "row 0 of yes-no .* field 'a': None is no text"),
         ([Example("a", 7)], 9, "field 'b': 7 is no text"),
         ([Example("a", "b", 0, spans=((0, 2),))], 9, "'spans': characters 0 to 2 are outside"),
@@ -404,6 +411,29 @@ def test_a_damaged_cache_is_made_again_and_said(bpe):
 def test_mistakes_name_the_row_and_the_field(bpe, examples, positions, message):
     with pytest.raises(ValueError, match=message):
         encode(YES_NO, examples, bpe, positions=positions)
+
+
+@pytest.mark.parametrize("label", [None, "2.5", float("nan"), float("inf")])
+def test_a_score_is_a_number(bpe, label):
+    task = TextTask("likeness", 18, kind="score")
+    with pytest.raises(ValueError, match=r"row 0 of likeness .* field 'label': .* is no number"):
+        encode(task, [Example("a", "b", label)], bpe, positions=9)
+    with pytest.raises(ValueError, match=r"row 0 of spans .* 'label': 3 is not 0"):
+        encode(SPANS, [Example("a", "b", 3)], bpe, positions=9)
+
+
+def test_outputs_that_are_nan_or_do_not_fit_are_no_answers(bpe):
+    encoded = encode(YES_NO, [Example("a", "b", 1)] * 2, bpe, positions=9)
+    with pytest.raises(ValueError, match="scores of window 1 hold NaN"):
+        text.decode_classes(np.array([[0, 1], [np.nan, 0]]), encoded)
+    with pytest.raises(ValueError, match=r"scores have the shape \(3, 2\), not \(2, 2\)"):
+        text.decode_classes(np.zeros((3, 2)), encoded)
+    encoded = encode(SPANS, [Example("a", "b", 0)], bpe, positions=9)
+    ids = np.full((1, 9), bpe.sep)
+    with pytest.raises(ValueError, match="log_probs of window 0 hold NaN"):
+        text.decode_spans(ids, np.full((1, 9), np.nan), encoded, bpe)
+    with pytest.raises(ValueError, match="ids have the shape"):
+        text.decode_spans(ids[:, :8], np.zeros((1, 8)), encoded, bpe)
 
 
 def test_examples_survive_json():
