@@ -14,12 +14,15 @@ from jmeta.runtime.launch import (
     kubernetes_run,
     skypilot,
     slurm,
+    slurm_run,
     steps,
     tpu_vm,
+    tpu_vm_plan,
 )
 from jmeta.runtime.launch import tpu_vm_host as tpu_host
 from jmeta.runtime.launch import tpu_vm_run as tpu_run
-from jmeta.runtime.launch.steps import Interrupted, LaunchError
+from jmeta.runtime.launch.signals import Interrupted
+from jmeta.runtime.launch.steps import LaunchError
 
 TEMPLATES = Path(__file__).parent
 USAGE = """\
@@ -102,14 +105,14 @@ def plan(verb: str, config: Any, command: Sequence[str]) -> list[steps.Section]:
     """What `--dry-run` prints."""
     if verb == "launch":
         module, file = {
-            tpu_vm.TpuVm: (tpu_vm, "worker.sh"),
+            tpu_vm.TpuVm: (tpu_vm_plan, "worker.sh"),
             slurm.Slurm: (slurm, "slurm.sh"),
             kubernetes.Kubernetes: (kubernetes_plan, "jobset.yaml"),
             skypilot.SkyPilot: (skypilot, "skypilot.yaml"),
         }[type(config)]
         return module.plan(config, command, template(file))
     if isinstance(config, tpu_vm.TpuVmPlace):
-        return tpu_vm.plan_verb(verb, tpu_vm.place_of(config), template("worker.sh"))
+        return tpu_vm_plan.plan_verb(verb, tpu_vm.place_of(config), template("worker.sh"))
     if isinstance(config, kubernetes.KubernetesPlace):
         return kubernetes_plan.plan_verb(verb, kubernetes.place_of(config), template("jobset.yaml"))
     return slurm.plan_verb(verb, config)
@@ -128,22 +131,36 @@ def carry_out(verb: str, config: Any, command: Sequence[str]) -> None:
     elif isinstance(config, skypilot.SkyPilot):
         skypilot.launch(config, command, template("skypilot.yaml"), say)
     elif isinstance(config, slurm.Slurm):
-        slurm.launch(config, command, template("slurm.sh"), say, show)
+        slurm_run.launch(config, command, template("slurm.sh"), say, show)
     elif verb == "follow":
-        slurm.follow(config, say, show)
+        slurm_run.follow(config, say, show)
     else:
-        slurm.delete(config, say)
+        slurm_run.delete(config, say)
 
 
-def sentence(error: BaseException) -> str:
-    """A failure on one line, with the one that came before it and that it would hide."""
+def sentence(error: BaseException, left: str) -> str:
+    """A failure on one line, with the one that came before it and that it would hide.
+
+    Args:
+      error: what happened.
+      left: what an interruption has made of the run.
+    """
     text = " ".join(str(error).split())
     before = error.__context__
     if isinstance(before, (LaunchError, Interrupted)) and error.__cause__ is not before:
-        return f"{sentence(before)}; then {text}"
+        return f"{sentence(before, left)}; then {text}"
     if isinstance(error, Interrupted):
-        return f"interrupted ({text}): the run was ended"
+        return f"interrupted ({text}): {left}"
     return text
+
+
+def left(verb: str, config: Any) -> str:
+    """What an interruption makes of a run."""
+    if verb != "launch":
+        return "the run goes on as it was"
+    if isinstance(config, kubernetes.Kubernetes) and config.delete != "always":
+        return "the JobSet is kept, as --delete says"
+    return "the run was ended"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -155,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       The exit status: 0, 1 after a failure, 2 for a mistake on the command line, 130 after Ctrl-C.
     """
-    status = 2  # until the command line is understood
+    status, verb, config = 2, "launch", None  # until the command line is understood
     try:
         verb, config, command = parse(sys.argv[1:] if argv is None else argv)
         text = steps.render(plan(verb, config, command))
@@ -166,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         carry_out(verb, config, command)
         return 0
     except (LaunchError, Interrupted) as error:
-        print(f"launch: {sentence(error)}", file=sys.stderr)
+        print(f"launch: {sentence(error, left(verb, config))}", file=sys.stderr)
         return 130 if isinstance(error, Interrupted) else status
     except KeyboardInterrupt:
         print("launch: interrupted before anything was started", file=sys.stderr)

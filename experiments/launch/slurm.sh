@@ -5,6 +5,7 @@
 # queued again by Slurm itself.
 set -uo pipefail
 cd @STAGE@
+@DEVICES@
 . ./env.sh
 @BEFORE@
 set -- @COMMAND@
@@ -12,25 +13,29 @@ if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
     set -- "$@" --resume
 fi
 
-noticed=no
+noticed=0
 notice() {
-    noticed=yes
+    noticed=$((noticed + 1))
     scancel --signal=TERM "$SLURM_JOB_ID" # the job's steps, not this shell
 }
 trap notice USR1
 
 cd code
-srun --kill-on-bad-exit=1 --open-mode=append --output=../logs/%t.log "$@" &
+# Since Slurm 22.05 a step has one core unless it is told of the job's.
+srun ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} --kill-on-bad-exit=1 \
+    --open-mode=append --output=../logs/%t.log "$@" &
 step=$!
-status=138 # what wait gives when USR1 ends it: the step goes on
-while [ $status -eq 138 ]; do
+seen=-1
+while [ $seen -ne $noticed ]; do # the signal ends a wait, not the step
+    seen=$noticed
     wait "$step"
     status=$?
 done
 
-if [ $noticed = yes ] && [ $status -ne 0 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt @RESTARTS@ ]; then
+if [ $noticed -gt 0 ] && [ $status -ne 0 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt @RESTARTS@ ]; then
     scontrol requeue "$SLURM_JOB_ID" && exit 0
 fi
+rm -f ../env.sh # it may hold secrets
 echo "$status" > ../exit.part
 mv ../exit.part ../exit
 exit "$status"

@@ -26,7 +26,7 @@ alive() { # begun, not ended, and not a zombie
 stop() {
     alive || return 0
     kill -TERM -- "-$(< pid)" 2> /dev/null || true # a run that is asked saves a checkpoint
-    for _ in $(seq 300); do
+    for _ in $(seq 900); do
         alive || return 0
         sleep 0.1
     done
@@ -51,15 +51,19 @@ case $task in
         }
         ;;
     start) # MODULE ARGUMENTS...: detached, so that it outlives the connection
+        # Tried again after a connection that broke, it leaves alone what it has started.
+        [ -f env.sh ] || exit 0
         stop
         rm -f exit log
         mkdir -p run
+        mv env.sh env.now
         nohup setsid bash ./worker.sh run "$@" > /dev/null 2>&1 < /dev/null &
         echo $! > pid
         ;;
     run)
         trap : TERM # the command gets the signal too; this shell stays to write its status
-        . ./env.sh && rm env.sh # it may hold secrets; each start ships it anew
+        . ./env.now
+        rm env.now # it may hold secrets; each launch ships it anew
         cd code
         status=0
         ../venv/bin/python -u -m "$@" >> ../log 2>&1 || status=$?
@@ -84,7 +88,10 @@ case $task in
         rm -rf run && mkdir run
         tar -xzf run.tar.gz -C run
         ;;
-    stop) stop ;;
+    stop)
+        stop
+        rm -f env.sh env.now
+        ;;
     *)
         echo "worker.sh: no task $task" >&2
         exit 2

@@ -14,13 +14,13 @@ from typing import NamedTuple
 from jmeta.runtime.launch.steps import LaunchError
 
 # TOKENIZERS_PARALLELISM is no secret, and set on many a machine.
-_SECRET = re.compile(r"TOKEN(?!IZER)|KEY|SECRET|PASSWORD", re.IGNORECASE)
+_SECRET = re.compile(r"TOKEN(?!IZER)|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _MODULE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*")
 _REDACTED = "***"
-# Shorter values would blot out ordinary words of a log. The launcher's own environment holds
-# variables that only look like secrets; what the user names as one is taken more strictly.
-_SHORTEST_GIVEN, _SHORTEST_OWN = 4, 8
+# Shorter values would blot out ordinary words of a log. What the user gives as a secret, under the
+# name of one, is taken more strictly.
+_SHORTEST, _SHORTEST_NAMED = 8, 4
 
 
 def check_name(value: str, flag: str = "--name") -> str:
@@ -218,11 +218,15 @@ def exports(variables: Mapping[str, str]) -> str:
 
 
 def known_secrets(given: Mapping[str, str]) -> dict[str, str]:
-    """Values that nothing may print: of the env file's secrets and of the launcher's own."""
-    own = {n: v for n, v in os.environ.items() if is_secret(n) and len(v) >= _SHORTEST_OWN}
-    own = {name: value for name, value in own.items() if not os.path.exists(value)}
-    named = {n: v for n, v in given.items() if is_secret(n) and len(v) >= _SHORTEST_GIVEN}
-    return {**own, **named}
+    """Values that nothing may print: those of the env file, and the launcher's own secrets."""
+    own = {name: value for name, value in os.environ.items() if is_secret(name)}
+    likely = {
+        name: value
+        for name, value in {**own, **given}.items()
+        if len(value) >= _SHORTEST and not os.path.exists(value)
+    }
+    named = {n: v for n, v in given.items() if is_secret(n) and len(v) >= _SHORTEST_NAMED}
+    return {**likely, **named}
 
 
 def redactor(secrets: Mapping[str, str]) -> Callable[[str], str]:

@@ -10,10 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from jmeta.runtime.launch.inputs import (
-    check_word,
-    parse_env,
-)
+from jmeta.runtime.launch.inputs import check_word, parse_env
 from jmeta.runtime.launch.steps import LaunchError
 
 RUNS = "/runs"  # where the claim is mounted
@@ -40,6 +37,8 @@ class KubernetesPlace:
     """Context of kubectl; by default the current one."""
     out: Path | None = None
     """Where the run directory comes back to; by default runs/NAME."""
+    env_file: Path | None = None
+    """File of NAME=VALUE lines for secrets; they become a Secret, never shown."""
     poll: float = 15.0
     """Seconds between two looks at the run."""
     wait: float = 3600.0
@@ -78,8 +77,6 @@ class Kubernetes(KubernetesPlace):
     """Commit whose files are shipped; by default HEAD, if nothing differs from it."""
     env: tuple[str, ...] = ()
     """NAME=VALUE variables of the run; no secrets."""
-    env_file: Path | None = None
-    """File of NAME=VALUE lines for secrets; they become a Secret, never shown."""
 
 
 def out_of(config: KubernetesPlace) -> Path:

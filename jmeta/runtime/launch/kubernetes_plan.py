@@ -32,6 +32,7 @@ class Commands(NamedTuple):
     Attributes:
       stage: what is made here.
       helper_file: the manifest of a pod through which files are copied.
+      look: the first file of the run directory on the claim, if there is any; a part of `ship`.
       ship: puts the code on the claim, through a helper pod.
       secret: makes the Secret; None without secrets.
       create, status, pods: the JobSet and its processes.
@@ -42,6 +43,7 @@ class Commands(NamedTuple):
 
     stage: tuple[Step | Write, ...]
     helper_file: Write
+    look: Step
     ship: tuple[Step, ...]
     secret: Step | None
     create: Step
@@ -84,8 +86,12 @@ def commands(
     pod_name = f"{config.name}-files"
     drop = _kubectl(config, "delete", "pod", pod_name, "--ignore-not-found", "--grace-period=1")
     raise_helper = (
+        drop,  # of a launcher that was killed
         _kubectl(config, "create", f"--filename={pod.as_posix()}"),
         _kubectl(config, "wait", "--for=condition=Ready", f"pod/{pod_name}", "--timeout=300s"),
+    )
+    look = _kubectl(
+        config, "exec", pod_name, "--", "sh", "-c", f"ls -A {RUNS}/{config.name} | head -n 1"
     )
     packed, helper_file = stage / "code.tar.gz", Write(pod, _yaml(helper(config)))
     lines = "".join(f"{name}={value}\n" for name, value in given.private.items())
@@ -98,8 +104,10 @@ def commands(
             code.archive(config.revision, packed),
         ),
         helper_file=helper_file,
+        look=look,
         ship=(
             *raise_helper,
+            look,
             _kubectl(config, "cp", packed.as_posix(), f"{pod_name}:{code_path(config)}",
                      timeout=3600.0),
             drop,
@@ -197,4 +205,5 @@ def _kubectl(config: KubernetesPlace, *arguments: str, timeout: float = 600.0) -
         *(() if config.context is None else (f"--context={config.context}",)),
         *(() if config.namespace is None else (f"--namespace={config.namespace}",)),
     )
-    return Step(("kubectl", *arguments, *where), timeout)
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    return Step(("kubectl", *arguments[:end], *where, *arguments[end:]), timeout)

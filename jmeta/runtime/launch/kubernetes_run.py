@@ -4,10 +4,11 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from jmeta.runtime.launch import code, kubernetes, kubernetes_plan, steps
+from jmeta.runtime.launch import code, kubernetes, kubernetes_plan, signals, steps
 from jmeta.runtime.launch.inputs import private, redactor
 from jmeta.runtime.launch.kubernetes import Kubernetes
 from jmeta.runtime.launch.kubernetes_plan import Commands
+from jmeta.runtime.launch.signals import Interrupted
 from jmeta.runtime.launch.steps import CommandError, LaunchError, Say, Step, Write
 
 _ATTEMPTS = 5  # how often in a row the cluster may not answer
@@ -53,7 +54,7 @@ def launch(h: Host) -> None:
     if not config.resume:
         code.check_out(out, resume=False)
     created = begun = success = False
-    with private(code.staging(out) / "secret.env"), steps.interrupts(h.say) as hold:
+    with private(code.staging(out) / "secret.env"), signals.interrupts(h.say) as hold:
         try:
             for step in c.stage:
                 steps.write(step) if isinstance(step, Write) else h.run(step)
@@ -62,7 +63,9 @@ def launch(h: Host) -> None:
             created = True
             h.say("shipping the code")
             for step in c.ship:
-                h.run(step)
+                said = h.run(step)
+                if step == c.look:
+                    _check_claim(config, filled=bool(said.strip()))
             if c.secret is not None:
                 h.run(c.secret)
             _create(h)
@@ -79,27 +82,47 @@ def launch(h: Host) -> None:
 
 def follow(h: Host) -> None:
     """Follow a run, and bring it back. Interrupting this leaves the run alone."""
-    with steps.interrupts(h.say):
+    with signals.interrupts(h.say):
         if _described(h, h.commands.status) is None:
             raise LaunchError(f"there is no JobSet {h.config.name}")
         _follow(h)
-        fetch(h)
+        _bring(h)
 
 
 def fetch(h: Host) -> None:
     """Bring back the run directory from the claim."""
+    with signals.interrupts(h.say):
+        _bring(h)
+
+
+def delete(h: Host) -> None:
+    """Delete the JobSet and its Secret; the claim keeps the run directory."""
+    with signals.interrupts(h.say) as hold:
+        hold()
+        _delete(h)
+
+
+def _check_claim(config: Kubernetes, filled: bool) -> None:
+    # Started again by the cluster, a run goes on from what it finds: it must be its own.
+    where = f"{kubernetes.RUNS}/{config.name} on the claim {config.claim}"
+    if filled and not config.resume:
+        raise LaunchError(f"{where} holds a run already: choose another --name, or --resume it")
+    if config.resume and not filled:
+        raise LaunchError(f"there is no run in {where} to --resume")
+
+
+def _bring(h: Host) -> None:
     steps.write(h.commands.helper_file)
     try:
         for step in h.commands.place:
             h.run(step)
-    except LaunchError:
+    except (LaunchError, Interrupted):
         h.run(h.commands.drop_helper)
         raise
     h.say(f"the run is in {kubernetes.out_of(h.config)}")
 
 
-def delete(h: Host) -> None:
-    """Delete the JobSet and its Secret; the claim keeps the run directory."""
+def _delete(h: Host) -> None:
     failed = None
     for step in h.commands.delete:
         try:
@@ -116,30 +139,40 @@ def _finish(h: Host, begun: bool, success: bool) -> None:
     gone = h.config.delete == "always" or (h.config.delete == "success" and success)
     if begun:
         try:
-            fetch(h)
+            _bring(h)
         except LaunchError as error:
             h.say(f"the run stays on the claim {h.config.claim}: {error}")
             if gone:
-                delete(h)
+                _delete(h)
             if success:
                 raise
             return
     if gone or not begun:
         h.say(f"deleting JobSet {h.config.name}")
-        delete(h)
+        _delete(h)
     else:
-        h.say(f"JobSet {h.config.name} is kept")
+        line = steps.render([steps.Section("", h.commands.delete[:1])]).splitlines()[-1]
+        h.say(
+            f"JobSet {h.config.name} is kept, and runs on unless it has ended; to delete it: {line}"
+        )
 
 
 def _described(h: Host, step: Step) -> dict[str, Any] | None:
     try:
-        return json.loads(h.run(step))
+        return _json(h, step)
     except CommandError as error:
         if "not found" in error.stderr.lower() and "NotFound" in error.stderr:
             return None
         if "doesn't have a resource type" in error.stderr:
             raise LaunchError("this cluster has no JobSets: install jobset.sigs.k8s.io") from error
         raise
+
+
+def _json(h: Host, step: Step) -> dict[str, Any]:
+    try:
+        return json.loads(h.run(step))
+    except json.JSONDecodeError as error:
+        raise LaunchError(f"{steps.doing(step)} gave something other than JSON") from error
 
 
 def _create(h: Host) -> None:
@@ -158,7 +191,7 @@ def _follow(h: Host) -> None:
     for gone in steps.every(h.config.poll):
         try:
             described = _described(h, h.commands.status)
-            pods = json.loads(h.run(h.commands.pods)).get("items", [])
+            pods = _json(h, h.commands.pods).get("items", [])
             failures = 0
         except CommandError:
             failures += 1

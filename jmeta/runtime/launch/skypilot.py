@@ -82,17 +82,18 @@ def task(config: SkyPilot, command: Sequence[str], template: Mapping[str, Any]) 
     }
     if config.infra is not None:
         resources["infra"] = check_word(config.infra, "--infra", "A-Za-z0-9._/*-")
-    run = shlex.quote(f"/runs/{config.name}")
-    resume = ["--resume"] if config.resume else []
-    arguments = shlex.join(["-u", "-m", *command, "--out", f"/runs/{config.name}", *resume])
+    run = f"/runs/{config.name}"
+    arguments = shlex.join(["-u", "-m", *command, "--out", run, "--resume"])
+    taken = shlex.quote(f"{run} holds a run already: choose another --name, or --resume it")
     lines = [
-        # The task keeps its number when it is recovered: that is how a second start is known.
-        f"set -- {arguments}",
+        # The task keeps its number when it is recovered: that is how its own run is known. All
+        # machines of a slice say --resume, which begins where there is nothing to go on from.
         f"marker={run}.task",
-        'if [ -e "$marker" ] && [ "$(cat "$marker")" = "$SKYPILOT_TASK_ID" ]; then',
-        '    set -- "$@" --resume',
+        'if [ "$(cat "$marker" 2> /dev/null)" != "$SKYPILOT_TASK_ID" ]; then',
+        *([] if config.resume else [f"    [ ! -e {run} ] || {{ echo {taken}; exit 1; }}"]),
+        '    echo "$SKYPILOT_TASK_ID" > "$marker"',
         "fi",
-        'echo "$SKYPILOT_TASK_ID" > "$marker"',
+        f"set -- {arguments}",
         'exec ~/venv/bin/python "$@"',
     ]
     filled = {

@@ -1,4 +1,4 @@
-"""Slurm: an `sbatch` file, submitted and followed from a login node.
+"""Slurm: the configuration of a job, and the `sbatch` file and commands that follow from it.
 
 One task a node, SIGTERM before the time limit, requeued with --resume.
 """
@@ -8,11 +8,10 @@ import os
 import re
 import shlex
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from jmeta.runtime.launch import code, steps
+from jmeta.runtime.launch import code
 from jmeta.runtime.launch.inputs import (
     check_command,
     check_name,
@@ -20,12 +19,8 @@ from jmeta.runtime.launch.inputs import (
     check_word,
     environment,
     exports,
-    known_secrets,
-    redactor,
 )
-from jmeta.runtime.launch.steps import CommandError, LaunchError, Say, Section, Step, Write
-
-_ATTEMPTS = 5  # how often squeue may fail in a row, and an exit status may be late on a file server
+from jmeta.runtime.launch.steps import LaunchError, Section, Step, Write
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +31,8 @@ class SlurmPlace:
     """Of the job."""
     out: Path | None = None
     """Run directory, on a file system that all nodes see; by default runs/NAME."""
+    env_file: Path | None = None
+    """File of NAME=VALUE lines for secrets; copied privately, never shown."""
     poll: float = 15.0
     """Seconds between two looks at the queue."""
     dry_run: bool = False
@@ -74,8 +71,6 @@ class Slurm(SlurmPlace):
     """Commit whose files are run; by default HEAD, if nothing differs from it."""
     env: tuple[str, ...] = ()
     """NAME=VALUE variables of the run; no secrets."""
-    env_file: Path | None = None
-    """File of NAME=VALUE lines for secrets; copied privately, never shown."""
 
 
 def out_of(config: SlurmPlace) -> Path:
@@ -104,7 +99,7 @@ def script(config: Slurm, command: Sequence[str], template: str) -> str:
     Args:
       config: the launch.
       command: module and arguments, checked.
-      template: text with @DIRECTIVES@, @STAGE@, @BEFORE@, @COMMAND@ and @RESTARTS@.
+      template: text with @DIRECTIVES@, @STAGE@, @DEVICES@, @BEFORE@, @COMMAND@ and @RESTARTS@.
 
     Returns:
       The template with every value quoted for the place it stands in.
@@ -135,6 +130,10 @@ def script(config: Slurm, command: Sequence[str], template: str) -> str:
     values = {
         "DIRECTIVES": "\n".join(f"#SBATCH {directive}" for directive in directives),
         "STAGE": shlex.quote(stage.as_posix()),
+        # Under Slurm JAX takes one GPU for each process, unless it is told of all of them.
+        "DEVICES": f"export JAX_LOCAL_DEVICE_IDS={','.join(map(str, range(config.gpus)))}"
+        if config.gpus
+        else ":",
         "BEFORE": "\n".join(config.before) or ":",
         "COMMAND": shlex.join([config.python, "-u", "-m", *command, "--out", out, *resume]),
         "RESTARTS": str(config.restarts),
@@ -193,139 +192,22 @@ def plan(config: Slurm, command: Sequence[str], template: str) -> list[Section]:
 def plan_verb(verb: str, config: SlurmPlace) -> list[Section]:
     """What follow and delete do, for `--dry-run`."""
     stage = code.staging(check_path(out_of(config)))
-    job = _job(config) if (stage / "job").exists() else "NUMBER"
+    job = job_of(config) if (stage / "job").exists() else "NUMBER"
     if verb == "delete":
         return [Section("cancel it", (cancel(job),))]
     heading = f"every {config.poll:g} s until the job has left the queue, with what is new in"
     return [Section(f"{heading} {stage.as_posix()}/logs/0.log", (queue(job),))]
 
 
-def launch(config: Slurm, command: Sequence[str], template: str, say: Say, show: Say) -> None:
-    """Submit a job and follow it to its end.
+def job_of(config: SlurmPlace) -> str:
+    """The number of the job that was submitted from here.
 
     Raises:
-      LaunchError: it did not succeed; it is not in the queue any more.
-      Interrupted: the user ended it; the same holds.
+      LaunchError: none was.
     """
-    made, secrets = prepare(config, command, template)
-    code.check_checkout(config.revision)
-    code.check_out(out_of(config), config.resume)
-    redact, stage, job = redactor(secrets), code.staging(out_of(config)), None
-    over = False
-    with steps.interrupts(say) as hold:
-        try:
-            for log in (stage / "logs").glob("*.log"):
-                log.unlink()
-            for step in made:
-                steps.write(step) if isinstance(step, Write) else steps.run(step, redact)
-            job = _submit(config, redact)
-            steps.write(Write(stage / "job", job + "\n"))
-            say(f"submitted as job {job}")
-            if not config.detach:
-                _watch(config, job, redact, say, show)
-            over = True
-        finally:
-            hold()
-            if job is not None and not over and not (stage / "exit").exists():
-                _cancel(job, redact)
-            if not (over and config.detach):
-                (stage / "env.sh").unlink(missing_ok=True)
-
-
-def follow(config: SlurmPlace, say: Say, show: Say) -> None:
-    """Follow a job that was submitted from here. Interrupting this leaves the job alone."""
-    with steps.interrupts(say):
-        _watch(config, _job(config), redactor(known_secrets({})), say, show)
-
-
-def delete(config: SlurmPlace, say: Say) -> None:
-    """Cancel a job that was submitted from here."""
-    job = _job(config)
-    say(f"cancelling job {job}")
-    _cancel(job, str)
-    (code.staging(out_of(config)) / "env.sh").unlink(missing_ok=True)
-
-
-def _job(config: SlurmPlace) -> str:
     check_name(config.name)
     file = code.staging(out_of(config)) / "job"
     try:
         return file.read_text(encoding="utf-8").strip()
     except OSError as error:
         raise LaunchError(f"no job was submitted for {out_of(config)} from here") from error
-
-
-def _submit(config: Slurm, redact: Callable[[str], str]) -> str:
-    try:
-        answer = steps.run(submit(config), redact)
-    except CommandError as error:
-        text = error.stderr.lower()
-        if any(word in text for word in ("qos", "limit", "quota")):
-            raise LaunchError(
-                f"the cluster's limits forbid this job ({steps.last_line(error.stderr)})"
-            ) from error
-        raise
-    number = answer.strip().partition(";")[0]  # --parsable: NUMBER or NUMBER;CLUSTER
-    if not number.isdigit():
-        raise LaunchError(f"sbatch answered {answer.strip()!r} instead of a job's number")
-    return number
-
-
-def _cancel(job: str, redact: Callable[[str], str]) -> None:
-    try:
-        steps.run(cancel(job), redact)
-    except CommandError as error:
-        if "invalid job id" not in error.stderr.lower():
-            raise LaunchError(
-                f"job {job} could not be cancelled and may run on: scancel {job}"
-            ) from error
-
-
-def _watch(config: SlurmPlace, job: str, redact: Callable[[str], str], say: Say, show: Say) -> None:
-    stage, offset, state, failures = code.staging(out_of(config)), 0, "", 0
-    for _ in steps.every(config.poll):
-        try:
-            now, failures = steps.run(queue(job), redact).strip(), 0
-        except CommandError as error:
-            failures += 1
-            if "invalid job id" in error.stderr.lower():
-                now = ""
-            elif failures >= _ATTEMPTS:
-                raise
-            else:
-                continue
-        if now and now != state:
-            say(f"job {job} is {now}")
-            state = now
-        offset = _show_log(stage / "logs" / "0.log", offset, not now, redact, show)
-        if not now:
-            break
-    status = _exit_status(stage / "exit", config.poll)
-    if status is None:
-        raise LaunchError(
-            f"job {job} ended without an exit status: it was cancelled, or its node failed; see "
-            f"{stage / 'job.log'}"
-        )
-    if status != "0":
-        raise LaunchError(f"the command failed with exit status {status}: see {stage / 'logs'}")
-    say(f"the run is in {out_of(config)}")
-
-
-def _show_log(file: Path, offset: int, last: bool, redact: Callable[[str], str], show: Say) -> int:
-    if not file.exists():
-        return offset
-    with file.open("rb") as stream:
-        stream.seek(offset)
-        new = stream.read().decode(errors="surrogateescape")
-    text = steps.whole_lines(new, last)
-    if text:
-        show(redact(steps.readable(text)))
-    return offset + len(text.encode(errors="surrogateescape"))
-
-
-def _exit_status(file: Path, poll: float) -> str | None:
-    for _ in range(_ATTEMPTS):
-        if file.exists():
-            return file.read_text(encoding="utf-8").strip()
-        time.sleep(poll)
-    return None

@@ -9,13 +9,13 @@ import re
 import shlex
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from jmeta.files import write_atomically
+from jmeta.runtime.launch.signals import raise_pending, uninterrupted
 
 Say = Callable[[str], None]
 
@@ -152,7 +152,7 @@ def run(step: Step, redact: Callable[[str], str] = str) -> str:
     """
     program = step.argv[0]
     try:
-        with _no_interruption():
+        with uninterrupted():
             child = subprocess.Popen(
                 step.argv,
                 stdin=subprocess.DEVNULL,
@@ -165,7 +165,7 @@ def run(step: Step, redact: Callable[[str], str] = str) -> str:
     except OSError as error:
         raise LaunchError(f"{program} could not be started: {error.strerror}") from error
     try:
-        _raise_pending()
+        raise_pending()
         written = child.communicate(timeout=step.timeout)
     except subprocess.TimeoutExpired as error:
         said = f"{doing(step)} took longer than {step.timeout:g} s"
@@ -218,66 +218,6 @@ def last_line(text: str) -> str:
     """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1].removeprefix("ERROR:").strip().rstrip(".") if lines else ""
-
-
-class Interrupted(BaseException):
-    """Ctrl-C, or a signal that asks the launcher to end."""
-
-
-class _Signals:
-    # Signals know no arguments: what to do with one is the state of the process.
-    holding = False  # for good: a clean-up must not stop half way
-    starting = False  # until a child that is being started can be ended
-    pending: int | None = None
-
-
-@contextlib.contextmanager
-def _no_interruption() -> Iterator[None]:
-    _Signals.starting = True
-    try:
-        yield
-    finally:
-        _Signals.starting = False
-
-
-def _raise_pending() -> None:
-    number, _Signals.pending = _Signals.pending, None
-    if number is not None:
-        raise Interrupted(signal.Signals(number).name)
-
-
-@contextlib.contextmanager
-def interrupts(say: Say) -> Iterator[Callable[[], None]]:
-    """Turn Ctrl-C, SIGTERM and the loss of the terminal into `Interrupted`.
-
-    Args:
-      say: told of a signal that comes while nothing may be interrupted.
-
-    Yields:
-      A function after whose call signals are ignored: nothing may stop a clean-up half way.
-    """
-
-    def handle(number: int, frame: object) -> None:
-        if _Signals.holding:
-            say("cleaning up already; this takes a moment")
-        elif _Signals.starting:
-            _Signals.pending = number
-        else:
-            raise Interrupted(signal.Signals(number).name)
-
-    def hold() -> None:
-        _Signals.holding = True
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    _Signals.holding, _Signals.pending = False, None
-    previous = {}
-    if threading.current_thread() is threading.main_thread():  # elsewhere Python forbids it
-        previous = {number: signal.signal(number, handle) for number in numbers}
-    try:
-        yield hold
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def readable(text: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from jmeta.files import write_atomically
-from jmeta.runtime.launch import code, steps, tpu_vm
+from jmeta.runtime.launch import code, signals, steps, tpu_vm
 from jmeta.runtime.launch.inputs import private
 from jmeta.runtime.launch.steps import CommandError, LaunchError, Step, Write
 from jmeta.runtime.launch.tpu_vm_host import (
@@ -48,8 +48,8 @@ def launch(h: Host) -> None:
     code.check_checkout(config.revision)
     code.check_out(out, config.resume)
     stage = code.staging(out)
-    created = begun = success = False
-    with private(stage / "env.sh"), steps.interrupts(h.say) as hold:
+    created = shipped = begun = success = False
+    with private(stage / "env.sh"), signals.interrupts(h.say) as hold:
         try:
             for step in h.commands.stage:
                 steps.write(step) if isinstance(step, Write) else h.run(step)
@@ -64,6 +64,7 @@ def launch(h: Host) -> None:
                         created = True
                         _create(h, patient=attempt > 0)
                     _wait_until_ready(h)
+                    shipped = True
                     _ship(h, config.resume or attempt > 0)
                     begun = True
                     remote(h, h.commands.resume if config.resume or attempt else h.commands.start)
@@ -84,20 +85,27 @@ def launch(h: Host) -> None:
         finally:
             hold()
             if not (success and config.detach):
+                if shipped and not success:
+                    h = _stopped(h)
                 _finish(h, begun, created, success)
 
 
 def follow(h: Host) -> None:
     """Follow a run that has begun, and bring it back. Interrupting this leaves the run alone."""
-    with steps.interrupts(h.say):
+    with signals.interrupts(h.say):
         if vm_state(h) is None:
             raise LaunchError(f"there is no TPU VM {h.config.name} in {h.config.zone}")
         _follow(h)
-        fetch(h)
+        _fetch(h)
 
 
 def fetch(h: Host) -> None:
     """Bring back the run directory of worker 0, and every worker's log."""
+    with signals.interrupts(h.say):
+        _fetch(h)
+
+
+def _fetch(h: Host) -> None:
     stage = code.staging(tpu_vm.out_of(h.config))
     (stage / "logs").mkdir(parents=True, exist_ok=True)
     _bring(h)
@@ -110,22 +118,24 @@ def fetch(h: Host) -> None:
 
 def delete(h: Host) -> None:
     """Delete the VM, or the queued resource it belongs to."""
-    with steps.interrupts(h.say) as hold:
+    with signals.interrupts(h.say) as hold:
         hold()
         _delete(h)
+
+
+def _stopped(h: Host) -> Host:
+    """Ask the run to end: it saves a checkpoint, which can then be brought back."""
+    with contextlib.suppress(LaunchError):
+        h.run(h.commands.stop)
+    # One attempt from now on: the VM may not answer any more, and costs while it is waited for.
+    return h._replace(config=dataclasses.replace(h.config, attempts=1))
 
 
 def _finish(h: Host, begun: bool, created: bool, success: bool) -> None:
     config = h.config
     if begun:
-        if not success:
-            # Asked to end, a run saves a checkpoint, and that is brought back. One attempt: the VM
-            # may not answer any more, and costs while it is waited for.
-            h = h._replace(config=dataclasses.replace(config, attempts=1))
-            with contextlib.suppress(LaunchError):
-                h.run(h.commands.stop)
         try:
-            fetch(h)
+            _fetch(h)
         except LaunchError as error:
             if success:
                 h.say(f"the VM is kept: its run could not be brought back ({error})")

@@ -55,6 +55,29 @@ def test_a_slurm_job_is_told_before_its_limit_and_queued_again(world):
     assert_nothing_runs(world)
 
 
+def test_a_slurm_step_has_all_gpus_and_cores_of_its_node(world):
+    world.program('echo "$JAX_LOCAL_DEVICE_IDS" > "$FAKE/devices"')
+    out = str(world.repo / "runs" / "g")
+    assert world.run(SLURM, "--out", out, "--gpus", "4", "--cpus", "12")[0] == 0
+    # By itself JAX takes one GPU for a process under Slurm, and srun one core.
+    assert (world.fake / "devices").read_text() == "0,1,2,3\n"
+    assert len(world.calls("srun", "--cpus-per-task=12")) == 1
+
+
+def test_a_slurm_step_that_ends_as_if_by_the_notice_has_ended(world):
+    world.program("exit 138")
+    result = world.run(SLURM, "--out", str(world.repo / "runs" / "h"))
+    assert_failed(world, result, "exit status 138")
+
+
+def test_a_job_whose_submission_is_interrupted_is_cancelled(world):
+    world.program("$WAIT")
+    world.cue({"on": "submitted", "signal": "SIGINT", "sleep": 0.2})
+    result = world.run(SLURM, "--out", str(world.repo / "runs" / "i"))
+    assert_failed(world, result, "interrupted (SIGINT): the run was ended", status=130)
+    assert len(world.calls("scancel")) == 1
+
+
 SLURM_FAILURES = {
     "limits": (
         {"on": "sbatch", "stderr": "sbatch: error: QOSMaxSubmitJobPerUserLimit"},
@@ -102,6 +125,15 @@ def test_a_detached_slurm_job_is_followed_and_cancelled_later(world):
     assert world.calls("scancel") == []
     assert world.run(["delete", "slurm", "--name", "n"], "--out", out)[0] == 0
     assert_nothing_runs(world)
+
+
+def test_a_detached_slurm_job_removes_its_variables_itself(world, secrets):
+    out = world.repo / "runs" / "j"
+    world.program("exit 0")
+    assert world.run(SLURM, "--out", str(out), "--detach", *secrets)[0] == 0
+    assert_nothing_runs(world)
+    assert out.with_name("j.launch").joinpath("exit").read_text() == "0\n"
+    assert not out.with_name("j.launch").joinpath("env.sh").exists()
 
 
 def test_secrets_of_a_slurm_job_stay_private(world, secrets):
@@ -194,6 +226,38 @@ def test_an_interrupted_jobset_is_deleted(world):
     assert (world.fake / "cluster").read_text() == "{}"
 
 
+def test_an_interrupted_fetch_leaves_no_helper(world):
+    world.cue({"on": "cp n-files:/runs/n", "signal": "SIGINT"})
+    status, _, err = world.run(["fetch", *K8S])
+    assert status == 130
+    assert "the run goes on" in err
+    assert (world.fake / "cluster").read_text() == "{}"
+
+
+def test_a_jobset_that_is_kept_is_not_said_to_have_ended(world):
+    world.state(statuses=[{}])
+    world.cue({"on": "get pods", "signal": "SIGTERM", "to": 1})
+    status, out, err = world.run(K8S, "--delete", "never")
+    assert status == 130
+    assert "the JobSet is kept" in err
+    assert "to delete it: kubectl delete jobset n" in out
+
+
+def test_a_claim_that_holds_another_run_is_not_gone_on_with(world):
+    # Its first process would refuse, and the second, with --resume, go on with the other run.
+    world.state(claim=True)
+    assert_failed(world, world.run(K8S), "/runs/n on the claim runs holds a run already")
+    assert world.calls("create", "--filename=" + str(world.out) + ".launch/jobset.yaml") == []
+    assert world.run(K8S, "--resume")[0] == 0
+    (world.fake / "claim").unlink()
+    assert_failed(world, world.run(K8S, "--resume"), "there is no run in /runs/n")
+
+
+def test_a_cluster_that_answers_nonsense_is_one_sentence(world):
+    (world.fake.parent / "bin" / "kubectl").write_text("#!/bin/sh\necho '<html>'\n")
+    assert_failed(world, world.run(K8S), "kubectl get jobset n gave something other than JSON")
+
+
 def test_a_jobset_of_this_name_that_is_there_is_left_alone(world):
     world.state(cluster={"JobSet": 0}, statuses=[{}])
     assert_failed(world, world.run(K8S), "is there already")
@@ -284,9 +348,27 @@ def test_a_skypilot_task_is_written_and_resumes_in_the_same_job(world, tmp_path,
     (tmp_path / "venv" / "bin").mkdir(parents=True)
     (tmp_path / "venv" / "bin" / "python").symlink_to(tmp_path / "bin" / "python")
     world.program("exit 0")
-    run = task["run"].replace("=/runs/", f"={tmp_path}/")
-    for job, last in (("a", "/runs/n"), ("a", "--resume"), ("b", "/runs/n")):
-        environment = {**os.environ, "HOME": str(tmp_path), "SKYPILOT_TASK_ID": job}
-        subprocess.run(["bash", "-c", run], env=environment, check=True, stdout=subprocess.DEVNULL)
+    (tmp_path / "runs").mkdir()
+    run = (
+        task["run"]
+        .replace(" /runs/", f" {tmp_path}/runs/")
+        .replace("=/runs/", f"={tmp_path}/runs/")
+    )
+    start = lambda job: subprocess.run(  # noqa: E731
+        ["bash", "-c", run],
+        env={**os.environ, "HOME": str(tmp_path), "SKYPILOT_TASK_ID": job},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    # Two machines of a slice, and one of them again after a preemption: all with one command.
+    for _ in range(3):
+        assert start("a").returncode == 0
         assert world.arguments()[1 : 1 + len(HOSTILE)] == HOSTILE
-        assert world.arguments()[-1] == last
+        assert world.arguments()[-1] == "--resume"
+        (tmp_path / "runs" / "n").mkdir(exist_ok=True)
+    (world.fake / "arguments").unlink()
+    for _ in range(2):  # another task of the same name, and its next attempt
+        refused = start("b")
+        assert refused.returncode == 1
+        assert "holds a run already" in refused.stdout
+    assert not (world.fake / "arguments").exists()

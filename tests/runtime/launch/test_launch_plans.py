@@ -42,8 +42,8 @@ def test_arguments_survive_every_format(arguments):
     assert expanded(box["env"][1]["value"]) == "$(B)"
     task = skypilot.SkyPilot(name="n", accelerators="H100:8", bucket="gs://b")
     text = skypilot.plan(task, command, cli.template("skypilot.yaml"))[0].steps[1].text
-    first = yaml.safe_load(text)["run"].partition("\nmarker=")[0]
-    assert shlex.split(first) == ["set", "--", "-u", "-m", *command, "--out", "/runs/n"]
+    lines = yaml.safe_load(text)["run"].partition("\nset -- ")[2].rpartition("\nexec ")[0]
+    assert shlex.split(lines) == ["-u", "-m", *command, "--out", "/runs/n", "--resume"]
     line = tpu_vm.commands(tpu_vm.TpuVm(name="n", zone="z", type="v5p-8"), command, "")[
         0
     ].start.argv

@@ -58,7 +58,7 @@ def test_secrets_reach_the_run_and_nobody_else(world, secrets, fails):
     assert (world.fake / "seen").read_text() == f"{SECRET} hello world\n"
     assert (world.fake / "quoted").read_text() == "it's $(id) #1\n"
     assert "token ***" in out
-    assert not list(world.fake.rglob("env.sh"))
+    assert not list(world.fake.rglob("env.*"))
     for text in [shown, out, err, *kept(world)]:
         assert SECRET not in text
         assert "$(id) #1" not in text
@@ -74,6 +74,18 @@ def test_a_secret_on_the_command_line_is_refused(world, secrets):
     assert code == 2
     assert "HF_TOKEN" in err
     assert SECRET not in err
+
+
+def test_all_that_the_file_holds_is_kept_out_of_sight_and_later_too(world, tmp_path):
+    file = tmp_path / "mine.env"
+    file.write_text(f"DATABASE=postgres://me:{SECRET}@host\n")
+    argv = [*TPU, "--env-file", str(file)]
+    world.program('echo "at $DATABASE"')
+    assert world.run(argv, "--detach")[0] == 0
+    _, out, _ = world.run(["follow", *TPU[:-2], "--env-file", str(file)])
+    assert "at ***" in out
+    for text in [out, *kept(world)]:
+        assert SECRET not in text
 
 
 def test_the_launchers_own_secrets_are_blotted_out(world, monkeypatch):

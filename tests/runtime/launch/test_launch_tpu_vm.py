@@ -51,11 +51,10 @@ def test_everything_that_is_run_was_printed_by_the_dry_run(world):
     subprocess.run(["bash", "-n"], input=shown, text=True, check=True)
 
 
-@pytest.mark.parametrize("queued", [[], ["--queued", "--spot"]], ids=["plain", "queued"])
-def test_a_preempted_run_goes_on_where_it_was(world, queued):
+def test_a_preempted_run_goes_on_where_it_was(world):  # a queued one above
     world.program(SAVES_AND_WAITS)
     world.cue(TAKEN)
-    status, out, err = world.run(TPU, "--sync", "0", "--restarts", "1", *queued)
+    status, out, err = world.run(TPU, "--sync", "0", "--restarts", "1")
     assert (status, err) == (0, "")
     assert "restart 1/1" in out
     assert "went on" in out
@@ -87,6 +86,24 @@ def test_a_connection_that_hangs_because_the_vm_is_gone_is_a_preemption(world):
     status, out, _ = world.run(TPU)
     assert status == 0
     assert "restart 1/10" in out
+
+
+def test_a_copy_that_a_preemption_cuts_off_is_not_shipped_back(world):
+    world.program(SAVES_AND_WAITS)
+    bring = {"on": "scp n:jmeta-n/run.tar.gz", "cut": True, "stderr": "lost", "status": 255}
+    world.cue({**bring, "after": "began", "from": 2, "to": 2, "state": "PREEMPTED"})
+    status, out, err = world.run(TPU, "--sync", "0", "--restarts", "1")
+    assert (status, err) == (0, "")
+    assert "went on" in out
+
+
+def test_a_start_whose_answer_is_lost_is_not_a_second_start(world, secrets):
+    world.program('echo "$GREETING" >> "$FAKE/seen"')
+    lost = {"stderr": "Connection reset by peer", "status": 255, "late": True, "to": 1}
+    world.cue({"on": "--command=bash start", **lost})
+    assert world.run(TPU, *secrets)[0] == 0
+    assert len([call for call in world.calls("ssh") if "worker.sh start" in str(call)]) == 2
+    assert (world.fake / "seen").read_text() == "hello world\n" * 2  # once on each worker
 
 
 def test_a_network_that_stutters_does_not_end_a_run(world):
@@ -136,6 +153,17 @@ def test_a_vm_that_is_never_ready(world):
     result = world.run(TPU, "--wait", "0.05")
     assert_failed(world, result, "was not READY after 0.05 s, but CREATING")
     assert len(world.calls("delete")) == 1
+
+
+def test_a_launch_that_fails_before_the_start_leaves_no_variables_on_a_vm_that_stays(
+    world, secrets
+):
+    for worker in ("w0", "w1"):
+        (world.fake / worker).mkdir()
+    world.state(vm={"state": "READY"})
+    world.cue({"on": "install", "stderr": "ERROR: no matching distribution"})
+    assert_failed(world, world.run(TPU, *secrets), "no matching distribution")
+    assert not list(world.fake.rglob("env.*"))
 
 
 def test_a_worker_that_fails_ends_the_others(world):
@@ -215,7 +243,9 @@ def test_a_detached_run_is_followed_fetched_and_deleted_later(world):
     assert world.run(TPU, "--detach")[0] == 0
     assert processes(world)
     world.cue({"on": "ssh status", "to": 1, "signal": "SIGINT"})
-    assert world.run(["follow", *place])[0] == 130
+    status, _, err = world.run(["follow", *place])
+    assert status == 130
+    assert "the run goes on" in err
     assert processes(world)
     (world.fake / "finish").touch()
     status, out, _ = world.run(["follow", *place])

@@ -6,7 +6,8 @@ gcloud compute tpus tpu-vm ssh n --worker=0 '--command=bash jmeta-n/worker.sh lo
 # the run directory of worker 0, and each worker's log
 mkdir -p runs/n.launch/logs
 gcloud compute tpus tpu-vm ssh n --worker=0 '--command=bash jmeta-n/worker.sh pack' --zone=us-west4-a --quiet
-gcloud compute tpus tpu-vm scp n:jmeta-n/run.tar.gz runs/n.launch/ --worker=0 --zone=us-west4-a --quiet
+gcloud compute tpus tpu-vm scp n:jmeta-n/run.tar.gz runs/n.launch/run.tar.gz.part --worker=0 --zone=us-west4-a --quiet
+mv runs/n.launch/run.tar.gz.part runs/n.launch/run.tar.gz
 rm -rf runs/n.new runs/n.old
 mkdir -p runs/n.new runs/n
 tar -xzf runs/n.launch/run.tar.gz -C runs/n.new

@@ -82,8 +82,10 @@ END_OF_FILE
 git archive --format=tar.gz --output=runs/n.launch/code.tar.gz HEAD
 
 # the code onto the claim
+kubectl delete pod n-files --ignore-not-found --grace-period=1 --namespace=ml
 kubectl create --filename=runs/n.launch/files.yaml --namespace=ml
 kubectl wait --for=condition=Ready pod/n-files --timeout=300s --namespace=ml
+kubectl exec n-files --namespace=ml -- sh -c 'ls -A /runs/n | head -n 1'
 kubectl cp runs/n.launch/code.tar.gz n-files:/runs/n.code.tar.gz --namespace=ml
 kubectl delete pod n-files --ignore-not-found --grace-period=1 --namespace=ml
 
@@ -96,6 +98,7 @@ kubectl get pods --selector=jobset.sigs.k8s.io/jobset-name=n --output=json --nam
 kubectl logs --selector=jobset.sigs.k8s.io/jobset-name=n,batch.kubernetes.io/job-completion-index=0 --tail=-1 --timestamps --namespace=ml
 
 # at the end: the run directory
+kubectl delete pod n-files --ignore-not-found --grace-period=1 --namespace=ml
 kubectl create --filename=runs/n.launch/files.yaml --namespace=ml
 kubectl wait --for=condition=Ready pod/n-files --timeout=300s --namespace=ml
 rm -rf runs/n.new runs/n.old

@@ -16,7 +16,7 @@ file_mounts:
 setup: 'bash experiments/launch/worker.sh venv ~/venv ''.[tpu]''
 
   '
-run: "set -- -u -m experiments.reviews --preset full --out /runs/n\nmarker=/runs/n.task\nif [ -e \"$marker\" ] && [ \"$(cat \"$marker\")\" = \"$SKYPILOT_TASK_ID\" ]; then\n    set -- \"$@\" --resume\nfi\necho \"$SKYPILOT_TASK_ID\" > \"$marker\"\nexec ~/venv/bin/python \"$@\"\n"
+run: "marker=/runs/n.task\nif [ \"$(cat \"$marker\" 2> /dev/null)\" != \"$SKYPILOT_TASK_ID\" ]; then\n    [ ! -e /runs/n ] || { echo '/runs/n holds a run already: choose another --name, or --resume it'; exit 1; }\n    echo \"$SKYPILOT_TASK_ID\" > \"$marker\"\nfi\nset -- -u -m experiments.reviews --preset full --out /runs/n --resume\nexec ~/venv/bin/python \"$@\"\n"
 END_OF_FILE
 
 # to start it, from here, with any secrets in the environment

@@ -34,7 +34,8 @@ gcloud compute tpus tpu-vm ssh n --worker=0 '--command=bash jmeta-n/worker.sh lo
 
 # every 300 s, and at the end: the run directory of worker 0
 gcloud compute tpus tpu-vm ssh n --worker=0 '--command=bash jmeta-n/worker.sh pack' --internal-ip --zone=us-west4-a --project=p --quiet
-gcloud compute tpus tpu-vm scp n:jmeta-n/run.tar.gz runs/n.launch/ --worker=0 --internal-ip --zone=us-west4-a --project=p --quiet
+gcloud compute tpus tpu-vm scp n:jmeta-n/run.tar.gz runs/n.launch/run.tar.gz.part --worker=0 --internal-ip --zone=us-west4-a --project=p --quiet
+mv runs/n.launch/run.tar.gz.part runs/n.launch/run.tar.gz
 rm -rf runs/n.new runs/n.old
 mkdir -p runs/n.new runs/n
 tar -xzf runs/n.launch/run.tar.gz -C runs/n.new
