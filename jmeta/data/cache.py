@@ -24,8 +24,15 @@ def cache_key(**settings: Any) -> str:
         >>> cache_key(a=1, b="x") == cache_key(b="x", a=1)
         True
     """
-    text = json.dumps(settings, sort_keys=True, default=str)
+    text = json.dumps(settings, sort_keys=True, default=_name)
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
+
+
+def _name(value: Any) -> str:
+    if isinstance(value, np.ndarray):  # a long one is shortened by str
+        digest = hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
+        return f"{value.dtype}{value.shape}{digest}"
+    return str(value)
 
 
 def cached_arrays(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -118,6 +118,8 @@ def _cached(
 ) -> Prompts:
     if not questions:
         raise ValueError("there is no question to write a prompt for")
+    if longest_question < 0 or room < 0:
+        raise ValueError(f"longest_question={longest_question}, room={room} are no tokens")
     if vocabulary.eos is None:
         raise ValueError("the tokeniser has no end of text, so an answer could not end")
     key = cache_key(

@@ -79,6 +79,8 @@ def encode(
     """
     if not questions:
         raise ValueError("there is no question to encode")
+    if longest_question < 0:
+        raise ValueError(f"longest_question={longest_question} is no number of tokens")
     key = cache_key(
         version=_VERSION,
         questions=list(questions),

@@ -6,6 +6,7 @@ position of it, so that one language-modelling head serves all tasks.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -97,7 +98,21 @@ class Encoded(NamedTuple):
 
 
 def class_tokens(task: TextTask, vocabulary: Unified) -> tuple[int, ...]:
-    """The ids of the label tokens of a task's classes, in the order of the classes."""
+    """The ids of the label tokens of a task's classes, in the order of the classes.
+
+    Raises:
+        ValueError: the task has no [CLSk], or not one token of its own for every class.
+    """
+    if not 0 <= task.number < len(vocabulary.cls):
+        raise ValueError(
+            f"{task.name} has the number {task.number}: there are [CLS0] to "
+            f"[CLS{len(vocabulary.cls) - 1}]"
+        )
+    if not len(task.tokens) == len(set(task.tokens)) == len(task.classes):
+        raise ValueError(
+            f"{task.name} has the classes {task.classes} and the label tokens {task.tokens}: each "
+            "class needs one of its own"
+        )
     ids = {"sep": vocabulary.sep, "mask": vocabulary.mask, "cls": vocabulary.cls[task.number]}
     return tuple(ids[token] for token in task.tokens)
 
@@ -139,6 +154,8 @@ def encode(
         ([5, 97, 2, 98, 2, 0, 0], [5, 5, 5, 5, 5, 0, 0])
     """
     _check(task, examples, positions)
+    tokens = class_tokens(task, vocabulary)
+    name = re.sub(r"\W+", "-", task.name.lower())  # whatever it is, it stays in the folder
     key = cache_key(
         version=_VERSION,
         task=task,
@@ -148,12 +165,12 @@ def encode(
         stride=stride,
     )
     arrays = cached_arrays(
-        cache_dir() / f"text-{task.name.lower()}-{key}.npz",
+        cache_dir() / f"text-{name}-{key}.npz",
         lambda: _encode(task, examples, vocabulary, positions, stride),
     )
     return Encoded(
         **arrays,
-        class_tokens=class_tokens(task, vocabulary),
+        class_tokens=tokens,
         pad=vocabulary.pad,
         sep=vocabulary.sep,
     )

@@ -84,3 +84,8 @@ def test_cache_folder_and_keys(monkeypatch, tmp_path):
     monkeypatch.delenv("JMETA_CACHE")
     assert cache_dir().parts[-2:] == (".cache", "jmeta")
     assert cache_key(a=1, b=2) == cache_key(b=2, a=1) != cache_key(a=1, b=3)
+    long = np.arange(5000)
+    assert cache_key(a=long) == cache_key(a=long.copy())
+    # str shows the first and the last three alone
+    assert cache_key(a=long) != cache_key(a=np.where(long == 2500, 0, long))
+    assert cache_key(a=long) != cache_key(a=long.reshape(50, 100))

@@ -395,6 +395,12 @@ def test_prompts_that_do_not_fit_and_no_end_of_text(own):
         prompts.to_answer([question], own._replace(eos=None))
     with pytest.raises(ValueError, match="no question"):
         prompts.answered([], own)
+    with pytest.raises(ValueError, match="longest_question=-1, room=32 are no tokens"):
+        prompts.to_answer([question], own, longest_question=-1)
+    with pytest.raises(ValueError, match="longest_question=64, room=-2 are no tokens"):
+        prompts.to_answer([question], own, room=-2)
+    with pytest.raises(ValueError, match="longest_question=-1 is no number of tokens"):
+        qa.encode([question], own, longest_question=-1)
 
 
 def test_prompts_for_gpt2(jmeta_data):

@@ -375,6 +375,12 @@ def test_texts_are_tokenised_once(bpe, monkeypatch):
                 change()
 
 
+def test_a_cache_stays_in_its_folder_whatever_the_task_is_called(bpe):
+    task = TextTask("../up/There", 4, ("0", "1"), ("sep", "cls"))
+    encode(task, [Example("the cat", label=1)], bpe, positions=10)
+    assert len(list(cache_dir().glob("text--up-there-*.npz"))) == 1
+
+
 def test_a_damaged_cache_is_made_again_and_said(bpe):
     task = TextTask("Damaged", 4, ("0", "1"), ("sep", "cls"))
     first = encode(task, [Example("the cat", label=1)], bpe, positions=10)
@@ -434,6 +440,22 @@ def test_outputs_that_are_nan_or_do_not_fit_are_no_answers(bpe):
         text.decode_spans(ids, np.full((1, 9), np.nan), encoded, bpe)
     with pytest.raises(ValueError, match="ids have the shape"):
         text.decode_spans(ids[:, :8], np.zeros((1, 8)), encoded, bpe)
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        (
+            TextTask("far", 30, ("0", "1"), ("sep", "cls")),
+            r"number 30: there are \[CLS0\] to \[CLS29",
+        ),
+        (TextTask("few", 3, ("0", "1"), ("sep",)), "each class needs one of its own"),
+        (TextTask("same", 3, ("0", "1"), ("sep", "sep")), "each class needs one of its own"),
+    ],
+)
+def test_a_task_needs_tokens_that_are_there(bpe, task, message):
+    with pytest.raises(ValueError, match=message):
+        encode(task, [Example("a", label=0)], bpe, positions=9)
 
 
 def test_examples_survive_json():
