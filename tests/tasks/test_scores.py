@@ -118,6 +118,39 @@ def test_squad2_counts_a_question_with_an_article_for_an_answer_as_answered():
     assert (found["HasAns_EM"], found["NoAns_EM"]) == (0.0, 100.0)
 
 
+def squad2_by_definition(predicted, golds):
+    """SQuAD 2.0's EM and F1 of one question, word for word as they are defined."""
+    real = [gold for gold in golds if scores.normalised(gold)] or [""]
+    exact, f1 = [], []
+    for gold in real:
+        said, right = (scores.normalised(each).split() for each in (predicted, gold))
+        exact.append(said == right)
+        same = sum(min(said.count(word), right.count(word)) for word in set(said))
+        if not said or not right:
+            f1.append(said == right)
+        elif same:
+            precision, recall = same / len(said), same / len(right)
+            f1.append(2 * precision * recall / (precision + recall))
+        else:
+            f1.append(0)
+    return max(exact), max(f1)
+
+
+answers = st.text("axy the.,é“ ", max_size=8)
+
+
+@given(st.lists(st.tuples(answers, st.lists(answers, max_size=3)), min_size=1, max_size=5))
+@settings(deadline=None, max_examples=100)
+def test_squad2_equals_its_definition(rows):
+    found = scores.squad2([said for said, _ in rows], [golds for _, golds in rows])
+    values = np.array([squad2_by_definition(*row) for row in rows], float)
+    has = np.array([bool(golds) for _, golds in rows])
+    for prefix, part in (("", np.ones_like(has)), ("HasAns_", has), ("NoAns_", ~has)):
+        if part.any():
+            expected = 100 * values[part].mean(0)
+            assert [found[f"{prefix}{m}"] for m in ("EM", "F1")] == pytest.approx(expected)
+
+
 def test_squad2_thresholds_are_the_best_of_all():
     golds = [["cat"], [], ["a dog"], [], ["cow"], ["big cow"]]
     answers = ["cat", "cat", "horse", "dog", "cow", "cow"]

@@ -215,6 +215,19 @@ def test_stars_and_where_spans_are_then(data):
         assert starry[start - 1] == "*" == starry[stop]
 
 
+@given(st.data())
+def test_stars_move_a_mention_by_the_rank_of_its_ends(data):
+    """[s + i + 1, e + j + 1): i and j are the ranks of s and of e + 1 among all the ends."""
+    ends = sorted(data.draw(st.sets(st.integers(0, 20), max_size=8)))
+    order = data.draw(st.permutations(ends[: len(ends) // 2 * 2]))
+    mentions = [tuple(sorted(order[i : i + 2])) for i in range(0, len(order), 2)]
+    marks = sorted(order)
+    _, moved = starred("abcdefghijklmnopqrstuvwxyz"[:20], mentions, mentions)
+    for (s, stop), found in zip(mentions, moved, strict=True):
+        e = stop - 1
+        assert found == (s + marks.index(s) + 1, e + marks.index(e + 1) + 1)
+
+
 def test_golden_stars():
     # one-character, touching and nested mentions
     assert starred("ABC", [(0, 1), (1, 2)], [(0, 1), (1, 2)]) == ("*A**B*C", [(1, 2), (4, 5)])
