@@ -12,6 +12,7 @@ import optax
 
 import jmeta
 from experiments import _qa_data as data
+from jmeta.core import optim
 from jmeta.core.tree import global_norm
 from jmeta.core.types import Array, Key, MetaGradient, PyTree
 from jmeta.methods.maml import learned_start
@@ -86,7 +87,7 @@ def plain(loss: Any) -> MetaGradient:
 
 def reptile(loss: Any, steps: int, rate: float) -> MetaGradient:
     """Reptile over tasks: each starts from the same weights, and the mean of the ends counts."""
-    return jmeta.over_tasks(jmeta.methods.reptile(loss, steps=steps, optimizer=optax.adam(rate)))
+    return jmeta.over_tasks(jmeta.methods.reptile(loss, steps=steps, optimizer=optim.adam(rate)))
 
 
 def decayed(rate: float, steps: int) -> optax.Schedule:
@@ -96,7 +97,7 @@ def decayed(rate: float, steps: int) -> optax.Schedule:
 
 def adamw(rate: optax.Schedule) -> optax.GradientTransformation:
     """AdamW with clipped gradients, as everything here but Reptile's inner loop is trained."""
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.01))
+    return optax.chain(optax.clip_by_global_norm(1.0), optim.adamw(rate, weight_decay=0.01))
 
 
 def restarted(rate: float, steps: int, stages: int) -> optax.Schedule:

@@ -102,7 +102,9 @@ class Config(configuration.RunConfig):
 
 PRESETS = {
     "demo": Config(),
-    "small": Config(seeds=5, lm_steps=1500, qa_steps=180, target_steps=250),
+    "small": Config(
+        seeds=3, lm_steps=1500, qa_steps=90, target_steps=150, looks=3, validation=300
+    ),
     "full": Config(
         seeds=5, vocab=8192, width=256, layers=4, lm_steps=20000, positions=256, qa_steps=3000,
         target_steps=1000, validation=400, test=1500, scored_questions=1000,
