@@ -30,7 +30,8 @@ ALLOWED = {
         "jmeta.data",
         "jmeta.tasks",
     },
-    "jmeta.runtime": {"jmeta.files", "jmeta.core", "jmeta.runtime"},
+    # Whatever iterates, a process takes its part of a global batch in one way.
+    "jmeta.runtime": {"jmeta.files", "jmeta.core", "jmeta.data.loader", "jmeta.runtime"},
     # The planner compiles the real step, of models by name, and imports both when it plans.
     "jmeta.cost": {
         "jmeta.core",

@@ -98,7 +98,7 @@ def episode_loader(
     start: int = 0,
     threads: int = 2,
     prefetch: int = 8,
-    process: tuple[int, int] = (0, 1),
+    process: tuple[int, int] | None = None,
 ) -> EpisodeLoader:
     """Iterate over ``sample(seed, 0), sample(seed, 1), ...``, made ahead by threads.
 
@@ -109,8 +109,8 @@ def episode_loader(
         start: the step of the first batch.
         threads: threads that make batches; 0 makes each batch when it is asked for.
         prefetch: batches made ahead at most.
-        process: ``(index, count)`` of this process, as ``jax.process_index()`` and
-            ``jax.process_count()`` give them: each process gets its part of the global batch.
+        process: ``(index, count)``: which part of the global batch to give; default: this
+            process's, by ``jax.process_index()`` and ``jax.process_count()``.
 
     Returns:
         An endless iterator with ``state() -> int``, the step of the next batch to be consumed
@@ -129,6 +129,7 @@ def episode_loader(
     """
     from absl import flags
 
+    process = process or (jax.process_index(), jax.process_count())
     index, count = process
     if not 0 <= index < count:
         raise ValueError(f"process is (index, count) with 0 <= index < count, not {process}")

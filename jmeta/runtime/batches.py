@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 
 from jmeta.core.types import PyTree
+from jmeta.data.loader import process_slice
 from jmeta.runtime.train import describe, leaf_name
 
 
@@ -43,14 +44,14 @@ class Batches(Protocol):
 class _FromFunction:
     """``from_function``'s iterator."""
 
-    def __init__(self, batch: Callable[[int], PyTree]):
-        self._batch, self._step = batch, 0
+    def __init__(self, batch: Callable[[int], PyTree], process: tuple[int, int]):
+        self._batch, self._process, self._step = batch, process, 0
 
     def __iter__(self) -> Iterator[PyTree]:
         return self
 
     def __next__(self) -> PyTree:
-        batch = self._batch(self._step)
+        batch = process_slice(self._batch(self._step), self._process)
         self._step += 1
         return batch
 
@@ -61,21 +62,27 @@ class _FromFunction:
         self._step = step
 
 
-def from_function(batch: Callable[[int], PyTree]) -> Batches:
+def from_function(
+    batch: Callable[[int], PyTree], *, process: tuple[int, int] | None = None
+) -> Batches:
     """Endless batches from a pure function of the step; ``episode_loader`` also makes them ahead.
 
     Args:
-        batch: ``step -> episodes``; the same step must give the same episodes.
+        batch: ``step -> episodes``, of all processes; the same step must give the same episodes.
+        process: ``(index, count)``: which part of the episodes to give; default: this process's.
 
     Returns:
         An iterator that ``fit`` can resume.
+
+    Raises:
+        ValueError: while iterating, tasks that the processes cannot share equally.
 
     Example:
         >>> batches = from_function(lambda step: step * 10)
         >>> next(batches), next(batches), batches.state()
         (0, 10, 2)
     """
-    return _FromFunction(batch)
+    return _FromFunction(batch, process or (jax.process_index(), jax.process_count()))
 
 
 def require_batches(batches: Any) -> None:

@@ -22,6 +22,7 @@ import numpy as np
 
 from jmeta.core.types import Array, PyTree
 from jmeta.files import write_atomically
+from jmeta.runtime import distributed
 from jmeta.runtime.train import describe, leaf_name
 
 _MAX_SHOWN = 5
@@ -64,7 +65,9 @@ def open_checkpoints(folder: str | os.PathLike, *, keep: int = 3, best: str | No
     if score is not None:
         top = policies.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False)
         kept = policies.AnyPreservationPolicy([kept, top])
-    _forget_unreadable_metrics(folder)
+    if distributed.is_writer():
+        _forget_unreadable_metrics(folder)
+    distributed.barrier("checkpoints")
     options = ocp.CheckpointManagerOptions(
         preservation_policy=kept,
         best_fn=score,  # orbax writes metrics only if it is set
@@ -101,7 +104,7 @@ def save(
     tree = jax.tree.map(_array, tree)
     head: dict[str, Any] = {"step": step, "extra": dict(extra or {}), "leaves": _kinds(tree)}
     head["crc32"] = _crc(head)
-    state = {"tree": tree, "fingerprint": _fingerprint(tree)}
+    state = {"tree": tree, "fingerprint": fingerprint(tree)}
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), head=ocp.args.JsonSave(head))
     try:
         manager.save(step, args=items, metrics=dict(metrics or {}), force=True)
@@ -153,18 +156,23 @@ def restore(manager: Any, template: PyTree, *, step: int | None = None) -> Resto
         raise FileNotFoundError(f"{wanted} in {manager.directory}{there}")
     reasons = []
     for candidate in steps if step is None else [step]:
+        found, why = None, ""
         try:
-            return _read(manager, candidate, template)
+            found = _read(manager, candidate, template)
         except (_Misfit, PermissionError, MemoryError):
             raise
         except Exception as error:
-            reasons.append(f"step {candidate}: {_first_line(error)}")
-            if step is None and candidate != steps[-1]:
-                warnings.warn(
-                    f"jmeta: the checkpoint of step {candidate} in {manager.directory} is damaged "
-                    f"({_first_line(error)}); going back to the one before it",
-                    stacklevel=2,
-                )
+            why = _first_line(error)
+        if distributed.all_say(found is not None).all() and found is not None:
+            return found
+        why = why or "another process cannot read its part"
+        reasons.append(f"step {candidate}: {why}")
+        if step is None and candidate != steps[-1]:
+            warnings.warn(
+                f"jmeta: the checkpoint of step {candidate} in {manager.directory} is damaged "
+                f"({why}); going back to the one before it",
+                stacklevel=2,
+            )
     raise CheckpointError(
         f"no checkpoint in {manager.directory} can be read: {'; '.join(reasons)}. Start in another "
         "folder, or put a whole copy of a checkpoint there"
@@ -176,9 +184,11 @@ def set_aside(manager: Any, after: int) -> None:
     folder = pathlib.Path(manager.directory)
     aside = folder.with_name(folder.name + ".damaged")
     for step in [step for step in manager.all_steps() if step > after]:
-        aside.mkdir(exist_ok=True)
-        shutil.rmtree(aside / str(step), ignore_errors=True)
-        (folder / str(step)).rename(aside / str(step))
+        if distributed.is_writer():
+            aside.mkdir(exist_ok=True)
+            shutil.rmtree(aside / str(step), ignore_errors=True)
+            (folder / str(step)).rename(aside / str(step))
+    distributed.barrier("damaged checkpoints")
     manager.reload()
 
 
@@ -296,10 +306,11 @@ def _read(manager: Any, step: int, template: PyTree) -> Restored:
     if crc != _crc(head):
         raise CheckpointError("its head has a wrong checksum")
     _require_fit(head["leaves"], _kinds(template), f"step {step} in {manager.directory}")
-    prints = jax.ShapeDtypeStruct((len(head["leaves"]),), jnp.uint32)
+    shape = (len(head["leaves"]),)
+    prints = jax.ShapeDtypeStruct(shape, jnp.uint32, sharding=_everywhere(template))
     target = {"tree": jax.tree.map(_struct, template), "fingerprint": prints}
     state = read(state=ocp.args.StandardRestore(target))["state"]
-    found, stored = np.asarray(_fingerprint(state["tree"])), np.asarray(state["fingerprint"])
+    found, stored = np.asarray(fingerprint(state["tree"])), np.asarray(state["fingerprint"])
     wrong = [name for name, a, b in zip(head["leaves"], found, stored, strict=True) if a != b]
     if wrong:
         raise CheckpointError(f"the values of '{wrong[0]}' have a wrong checksum")
@@ -326,6 +337,15 @@ def _kinds(tree: PyTree) -> dict[str, str]:
     return {leaf_name(path): describe(leaf) for path, leaf in leaves}
 
 
+def _everywhere(template: PyTree) -> jax.sharding.Sharding:
+    """Where a small array lies among the template's; left open, orbax wants the saved devices."""
+    for leaf in jax.tree.leaves(template):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, jax.sharding.NamedSharding):
+            return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
 def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
 
@@ -335,7 +355,7 @@ def _array(leaf: Any) -> Any:
 
 
 @jax.jit
-def _fingerprint(tree: PyTree) -> Array:
+def fingerprint(tree: PyTree) -> Array:
     """uint32 per leaf: the sum of (2 i + 1) times word i, mod 2^32; any one flipped bit moves it.
 
     Integer sums are exact, so the number of devices does not matter.

@@ -21,7 +21,8 @@ import numpy as np
 import optax
 
 from jmeta.core.types import Array, Info, MetaGradient, PyTree
-from jmeta.runtime import checkpoint, metrics, nonfinite, parallel
+from jmeta.files import write_atomically
+from jmeta.runtime import checkpoint, distributed, metrics, nonfinite, parallel
 from jmeta.runtime.batches import (
     Batches,
     RecompilationWarning,
@@ -31,7 +32,7 @@ from jmeta.runtime.batches import (
 )
 from jmeta.runtime.nonfinite import NonFiniteError
 from jmeta.runtime.progress import open_progress
-from jmeta.runtime.train import Stages, TrainState, as_stages, init_state, stage_at
+from jmeta.runtime.train import Stages, TrainState, as_stages, init_state, leaf_name, stage_at
 
 __all__ = [
     "Batches",
@@ -50,7 +51,8 @@ class FitResult(NamedTuple):
         meta: the meta-parameters at the end.
         state: the whole state at the end.
         history: the rows of metrics.jsonl, those before a resumption too.
-        interrupted: whether SIGINT or SIGTERM ended the run before ``steps``.
+        interrupted: whether SIGINT or SIGTERM, to any of the processes, ended the run before
+            ``steps``.
     """
 
     meta: PyTree
@@ -95,7 +97,9 @@ def fit(
         steps: outer steps in all, those before a resumption included.
         key: a PRNG key or a seed. A resumed run goes on with the one it began with.
         out: the run directory: ``metrics.jsonl``, ``tensorboard``, ``checkpoints``. None: no files.
-        evaluate: ``meta -> {name: scalar}``; its numbers are logged as ``eval/name``.
+            Of several processes, all see it, and the first writes what is not a checkpoint.
+        evaluate: ``meta -> {name: scalar}``; its numbers are logged as ``eval/name``. Of several
+            processes, each evaluates by itself, and the first's numbers count.
         evaluate_every: outer steps between evaluations; 0: only after the last step.
         checkpoint_every: outer steps between checkpoints; with ``out``, the last step and an
             interruption save one in any case.
@@ -108,7 +112,8 @@ def fit(
         on_step: ``(step, state, info) -> None`` after each step (counted from 1). The next step
             donates the state's buffers: copy what is to be kept.
         mesh: from ``parallel.make_mesh``: the tasks of each batch are split over it. ``batches``
-            gives numpy arrays or arrays of one device, in each process its own part of the tasks.
+            gives numpy arrays or arrays of one device, in each process its own part of the tasks,
+            as ``episode_loader`` and ``from_function`` do. None: of several processes, all devices.
         rules: how meta is split over the mesh, such as ``parallel.TRANSFORMER``; None: not at all.
 
     Returns:
@@ -145,32 +150,38 @@ def fit(
     schedule, out = as_stages(mg), None if out is None else pathlib.Path(out)
     seed_key = jax.random.key(key) if isinstance(key, int) else key
     state, done = init_state(schedule, outer_optimizer, meta, seed_key), 0
+    if mesh is None and jax.process_count() > 1:
+        mesh = parallel.make_mesh()
     if mesh is not None:
         rules = parallel.REPLICATED if rules is None else rules
         shard = partial(parallel.sharded, mesh=mesh, rules=rules)
         schedule = Stages(schedule.starts, tuple(map(shard, schedule.estimators)))
-        state = jax.device_put(state, parallel.state_shardings(mesh, state, rules))
+        _require_one_start(state)
+        state = parallel.place(state, parallel.state_shardings(mesh, state, rules))
 
     with contextlib.ExitStack() as stack:
         manager, record = None, None
         if out is not None:
+            _require_one_folder(out)
             manager = stack.enter_context(_checkpoints(out / "checkpoints", keep, best))
             state, done = _begin(manager, state, batches, resume)
             record = checkpoint.best_value(manager, best) if best else None
-        first = jax.process_index() == 0  # of several processes, one writes and shows
+        first = distributed.is_writer()
         log = metrics.open_log(out if first else None, done)
         stack.callback(log.close)
         bar = open_progress(steps, done, progress and first)
         stack.callback(bar.close)
         caught = stack.enter_context(_signals())
 
-        history = metrics.read_log(out / metrics.FILE) if out else []
+        rows = metrics.read_log(out / metrics.FILE) if out else []
+        history = [row for row in rows if row["step"] <= done]  # the writer may be ahead
         clock = _Clock(done, history[-1]["seconds"] if history else 0.0)
         now, watch = nonfinite.guard(state), recompilation_watch()
         compiled: dict[int, Callable[..., tuple[nonfinite.Guarded, Info]]] = {}
         unseen: dict[int, int] = {}  # where the data were at each step since the host last looked
 
-        while done < steps and not caught:
+        stop = False
+        while done < steps and not stop:
             unseen[done + 1] = batches.state()
             with clock.timed("wait"):
                 episodes = _next(batches, done, steps)
@@ -196,11 +207,11 @@ def fit(
                 row |= metrics.info_row(jax.device_get(info)) | clock.lap(done)
             if judged and evaluate is not None:
                 with clock.timed("evaluation"):
-                    scores = metrics.scalars(evaluate(now.state.meta))
+                    scores = metrics.scalars(evaluate(distributed.own_copy(now.state.meta)))
                 row |= {f"eval/{name}": value for name, value in scores.items()}
                 row["seconds"] = clock.seconds()
                 if best is not None:
-                    improved = _improves(best, scores, record)
+                    improved = distributed.first_says(_improves(best, scores, record))
                     record = scores[checkpoint.parse_best(best)[1]] if improved else record
                     saved = saved or improved
             if logged or judged:
@@ -213,13 +224,14 @@ def fit(
             bar.advance(done)
             if on_step is not None:
                 on_step(done, now.state, info)
+            stop = bool(caught) or distributed.told_to_stop(done)
         if manager is not None:
-            if caught and done < steps:
+            if stop and done < steps:
                 _raise_if_failed(now, unseen, batches, out)
                 position = {"position": batches.state()}
                 checkpoint.save(manager, done, now.state, extra=position)
             checkpoint.wait(manager)
-    return FitResult(now.state.meta, now.state, history, bool(caught) and done < steps)
+    return FitResult(now.state.meta, now.state, history, stop and done < steps)
 
 
 def _require(given: bool, options: Mapping[str, Any], what: str) -> None:
@@ -227,6 +239,37 @@ def _require(given: bool, options: Mapping[str, Any], what: str) -> None:
     for name, asked in options.items():
         if asked and not given:
             raise ValueError(f"{name} needs {what}")
+
+
+def _require_one_start(state: TrainState) -> None:
+    """The processes begin with the same numbers: what differs would train to nothing in silence."""
+    prints = distributed.all_say(checkpoint.fingerprint(state))
+    named = jax.tree_util.tree_leaves_with_path(state)
+    for process, row in enumerate(prints):
+        for (path, _), mine, theirs in zip(named, prints[0], row, strict=True):
+            if mine != theirs:
+                raise ValueError(
+                    f"process {process} begins with another '{leaf_name(path)}' than process 0: "
+                    "make meta from the same seed in all, and pass the same key="
+                )
+
+
+def _require_one_folder(out: pathlib.Path) -> None:
+    """All processes see the folder: each would otherwise save a part of a checkpoint nobody has."""
+    if jax.process_count() == 1:
+        return
+    mark = out / ".processes"
+    if distributed.is_writer():
+        write_atomically(mark, f"{jax.process_count()}\n")
+    distributed.barrier("the run directory")
+    sees = distributed.all_say(mark.exists())
+    if distributed.is_writer():
+        mark.unlink()
+    if not sees.all():
+        raise ValueError(
+            f"process {int(np.argmin(sees))} does not see what process 0 writes to {out}: give all "
+            "processes one run directory, on a file system or bucket that they share"
+        )
 
 
 def _is_due(done: int, every: int) -> bool:
@@ -341,7 +384,8 @@ def _raise_if_failed(
     folder = None
     if out is not None:
         batches.restore(unseen[step])  # the host may be batches ahead: this one made it
-        folder = nonfinite.dump(out, step, now.state, next(batches), leaves)
+        here = out if distributed.is_writer() else out / f"process-{jax.process_index()}"
+        folder = nonfinite.dump(here, step, distributed.whole(now.state), next(batches), leaves)
     raise NonFiniteError(step, leaves, folder)
 
 
@@ -358,13 +402,16 @@ def _improves(best: str, scores: Mapping[str, float], record: float | None) -> b
 def _signals() -> Iterator[list[int]]:
     """A list that SIGINT or SIGTERM fills, to end the loop after the step; a second acts at once.
 
-    Python delivers signals to the main thread: elsewhere the list stays empty.
+    Python delivers signals to the main thread: elsewhere the list stays empty. Of several
+    processes none may stop by itself: JAX takes SIGTERM, and SIGINT is handed on to it.
     """
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught
         return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    several = jax.process_count() > 1
+    ours = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.getsignal(number) for number in ours}
 
     def restore_handlers() -> None:
         for number, handler in previous.items():
@@ -372,8 +419,11 @@ def _signals() -> Iterator[list[int]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         del frame
-        caught.append(number)
         restore_handlers()
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            caught.append(number)
 
     for number in previous:
         signal.signal(number, note)

@@ -229,7 +229,22 @@ def shard_state(mesh: Mesh, state: TrainState, rules: Rules) -> TrainState:
         ValueError: see ``state_shardings``.
     """
     # device_put keeps the buffer of the device that has one, and a step donates what it is given.
-    return jax.device_put(jax.tree.map(jnp.copy, state), state_shardings(mesh, state, rules))
+    return place(jax.tree.map(jnp.copy, state), state_shardings(mesh, state, rules))
+
+
+def place(tree: PyTree, layout: PyTree) -> PyTree:
+    """``device_put``, also of PRNG keys onto the devices of other processes.
+
+    Args:
+        tree: arrays, of which every process has the whole.
+        layout: a tree of shardings.
+
+    Returns:
+        Global arrays.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(tree, layout)
+    return jax.jit(lambda tree: tree, out_shardings=layout)(tree)
 
 
 def shard_episodes(mesh: Mesh, episodes: PyTree) -> PyTree:

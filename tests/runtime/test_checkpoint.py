@@ -165,7 +165,7 @@ def test_no_flipped_bit_of_the_arrays_goes_unnoticed(tmp_path):
 def test_the_fingerprint_moves_with_any_one_bit(values, place, bit):
     flipped = values.copy()
     flipped.view(np.uint32)[place] ^= np.uint32(1 << bit)
-    assert checkpoint._fingerprint([values]) != checkpoint._fingerprint([flipped])
+    assert checkpoint.fingerprint([values]) != checkpoint.fingerprint([flipped])
 
 
 def test_when_all_are_damaged_the_error_lists_them(tmp_path):

@@ -1,0 +1,221 @@
+"""Kill a training run again and again at random moments, and count what is lost: nothing may be.
+
+``python -m benchmarks.kill_soak --kills 50``. Each life is a process that ends by SIGKILL, most of
+them around a save; the next resumes. The result is compared with a run that nobody disturbed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jmeta.files import write_atomically
+from jmeta.runtime.provenance import command_of, versions
+
+RESULT = Path(__file__).parent / "results" / "kill_soak.json"
+EVERY = 4  # steps between checkpoints
+TASKS = 4
+LONGEST = 24  # steps of a life, at most
+EXAMPLES, GIVEN = "examples.jsonl", "given.jsonl"  # cut back on resuming; every line ever written
+
+
+def examples(step: int) -> np.ndarray:
+    """The numbers of the examples of a step: each is used once in a run."""
+    return np.arange(step * TASKS, (step + 1) * TASKS, dtype=np.int32)
+
+
+def live(out: str, steps: int, parent: Connection) -> None:
+    """One life: go on to ``steps`` from what is in ``out``, telling each step."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    import jmeta
+    from jmeta import Episode, Problem
+    from jmeta.runtime.cache import use_compilation_cache
+    from jmeta.runtime.fit import fit, from_function
+    from jmeta.runtime.metrics import cut_back
+
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    use_compilation_cache()
+    folder = Path(out)
+
+    def loss(fast: Any, meta: Any, batch: Any, key: Any) -> tuple[Any, Any]:
+        noise = 0.1 * jax.random.normal(key, batch["y"].shape)
+        return jnp.mean((jnp.tanh(batch["x"] @ fast["w"]) + noise - batch["y"]) ** 2), {}
+
+    def draw(step: int) -> Episode:
+        number = examples(step)
+        x = np.stack([np.random.default_rng(n).normal(size=(5, 8)) for n in number])
+        data = {"x": x.astype(np.float32), "y": np.sin(x.sum(-1)).astype(np.float32)}
+        return Episode(data, data | {"id": number})
+
+    class Noted:
+        """Batches that write down what they gave, and on resuming take back what was lost."""
+
+        def __init__(self) -> None:
+            self._batches = from_function(draw)
+            self._log = open(folder / EXAMPLES, "a")  # noqa: SIM115  (ends with the process)
+            self._all = open(folder / GIVEN, "a")  # noqa: SIM115
+
+        def __iter__(self) -> Noted:
+            return self
+
+        def __next__(self) -> Episode:
+            batch = next(self._batches)
+            row = {"step": self._batches.state(), "examples": batch.query["id"].tolist()}
+            for file in (self._log, self._all):
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+            return batch
+
+        def state(self) -> int:
+            return self._batches.state()
+
+        def restore(self, step: int) -> None:
+            self._log.close()
+            cut_back(folder / EXAMPLES, step)
+            self._log = open(folder / EXAMPLES, "a")  # noqa: SIM115
+            self._batches.restore(step)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if not any((folder / "checkpoints").glob("[0-9]*")):  # killed before its first checkpoint
+        (folder / EXAMPLES).unlink(missing_ok=True)
+    mg = jmeta.over_tasks(jmeta.mixed_mode(Problem(loss, loss, lambda meta: optax.sgd(0.1)), 2))
+    result = fit(
+        mg,
+        optax.adam(0.01),
+        {"w": np.linspace(-1, 1, 8, dtype=np.float32)},
+        Noted(),
+        steps=steps,
+        key=3,
+        out=folder,
+        checkpoint_every=EVERY,
+        log_every=2,
+        resume=True,
+        progress=False,
+        on_step=lambda step, state, info: parent.send(step),
+    )
+    key_free = result.state._replace(key=jax.random.key_data(result.state.key))
+    parent.send(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(key_free)).hex())
+    parent.close()
+
+
+def completed(out: Path) -> set[int]:
+    """The checkpoints in a run directory that are whole: their folders have their final names."""
+    return {int(each.name) for each in (out / "checkpoints").glob("[0-9]*") if each.name.isdigit()}
+
+
+def soak(
+    folder: Path, kills: int, steps: int, rng: np.random.Generator, patience: float = 120
+) -> dict[str, Any]:
+    """Run once undisturbed and once with kills, and compare.
+
+    Args:
+        folder: for both run directories.
+        kills: how many.
+        steps: outer steps of each run; enough that the kills end before.
+        rng: chooses the moments.
+        patience: seconds that a life may take for a step.
+
+    Returns:
+        Counts of what was lost, repeated and skipped, and whether the final states are equal.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["jmeta", "jmeta.runtime.fit", "orbax.checkpoint", "optax"])
+
+    def life(out: Path, longest: int | None) -> tuple[list[int], str | None]:
+        """The steps a life told, and its final state if nobody killed it after ``longest``."""
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=live, args=(str(out), steps, theirs))
+        process.start()
+        theirs.close()
+        told: list[int] = []
+        try:
+            while ours.poll(patience):
+                heard = ours.recv()
+                if isinstance(heard, str):
+                    process.join(patience)
+                    return told, heard
+                told.append(heard)
+                if longest is not None and len(told) >= longest:
+                    time.sleep(float(rng.uniform(0, 0.05)))
+                    break
+            else:
+                raise TimeoutError(f"a life said nothing for {patience} s after {told[-1:]}")
+        except EOFError:
+            raise RuntimeError(f"a life ended by itself after {told[-1:]}") from None
+        finally:
+            process.kill()
+            process.join(patience)
+        return told, None
+
+    _, expected = life(folder / "undisturbed", None)
+    out, lost, unfinished, redone, known = folder / "killed", 0, 0, 0, 0
+    for _ in range(kills):
+        told, state = life(out, int(rng.integers(1, LONGEST + 1)))
+        if state is not None:
+            raise ValueError(f"the run ended before {kills} kills: give it more than {steps} steps")
+        lost += told[0] <= known  # began before a checkpoint that was whole
+        known = max(completed(out), default=0)
+        redone += max(told[-1] - known, 0)
+        unfinished += any((out / "checkpoints").glob("*tmp*"))
+    told, state = life(out, None)
+    lost += told[0] <= known
+
+    def rows(run: str, name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (folder / run / name).read_text().splitlines()]
+
+    used = [number for row in rows("killed", EXAMPLES) for number in row["examples"]]
+    wanted = [number for step in range(steps) for number in examples(step).tolist()]
+    by_step: dict[int, set[tuple[int, ...]]] = {}
+    for row in rows("killed", GIVEN):
+        by_step.setdefault(row["step"], set()).add(tuple(row["examples"]))
+    return {
+        "kills": kills,
+        "steps": steps,
+        "checkpoint_every": EVERY,
+        "kills_that_left_an_unfinished_save": unfinished,
+        "steps_done_again": redone,
+        "completed_checkpoints_lost": lost,
+        "examples_repeated": len(used) - len(set(used)),
+        "examples_skipped": len(set(wanted) - set(used)),
+        "same_examples_in_the_same_order": used == wanted
+        and rows("killed", EXAMPLES) == rows("undisturbed", EXAMPLES),
+        "steps_that_saw_two_batches": sum(len(each) > 1 for each in by_step.values()),
+        "final_state_equal_bit_for_bit": state == expected,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
+    parser.add_argument("--out", type=Path, default=RESULT, help="the result, a JSON file")
+    given = parser.parse_args()
+    begun, rng = time.monotonic(), np.random.default_rng(given.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        found = soak(Path(folder), given.kills, given.kills * LONGEST, rng)
+    found |= {
+        "seed": given.seed,
+        "seconds": round(time.monotonic() - begun, 1),
+        "cpus": os.cpu_count(),
+        "command": command_of("benchmarks.kill_soak", sys.argv[1:]),
+        "versions": versions(),
+    }
+    print(json.dumps(found, indent=2))
+    write_atomically(given.out, json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""One process of a small meta-training run, for the tests: ``python worker.py SPEC.json INDEX``."""
+
+import json
+import os
+import pathlib
+import signal
+import sys
+
+import jax
+import numpy as np
+import optax
+
+import jmeta
+from jmeta import Episode, Problem
+from jmeta.models import mlp
+from jmeta.runtime import distributed, parallel
+from jmeta.runtime.fit import fit, from_function
+
+TASKS, SIZES = 16, (4, 8, 1)
+OUTER = {"sgd": lambda: optax.sgd(0.1), "adam": lambda: optax.adam(0.01)}
+
+
+def loss(fast, meta, batch, key):
+    """A regression with input noise from the key, so that a key that moves is seen."""
+    x = batch["x"]
+    x = x + 0.1 * jax.random.normal(key, x.shape, x.dtype)
+    return ((mlp.apply(fast, x, jax.numpy.tanh) - batch["y"]) ** 2).mean(), {}
+
+
+def draw(step):
+    """The global batch of a step; each task has a number of its own in ``id``."""
+    rng = np.random.default_rng(step)
+    kind = np.float64 if jax.config.jax_enable_x64 else np.float32
+
+    def data():
+        x = rng.normal(size=(TASKS, 6, 4)).astype(kind)
+        return {"x": x, "y": np.sin(x.sum(-1, keepdims=True))}
+
+    number = np.arange(step * TASKS, (step + 1) * TASKS, dtype=np.int32)
+    return Episode(data(), data() | {"id": number})
+
+
+class Noted:
+    """Batches that note the tasks they gave, by step."""
+
+    def __init__(self, batches, given):
+        self.batches, self.given = batches, given
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        step, batch = self.batches.state(), next(self.batches)
+        self.given[step] = batch.query["id"].tolist()
+        return batch
+
+    def state(self):
+        return self.batches.state()
+
+    def restore(self, step):
+        self.batches.restore(step)
+
+
+def bits(tree):
+    """The bytes of a tree, in hexadecimal."""
+    leaves = jax.tree.leaves(distributed.whole(tree))
+    plain = [
+        jax.random.key_data(leaf)
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        else leaf
+        for leaf in leaves
+    ]
+    return b"".join(np.asarray(leaf).tobytes() for leaf in plain).hex()
+
+
+def train(steps, outer="sgd", mesh=None, rules=False, act=None, source=draw, **options):
+    """``fit`` on the regression; returns its result and the tasks this process was given."""
+    given = {}
+    mg = jmeta.over_tasks(jmeta.mixed_mode(Problem(loss, loss, lambda meta: optax.sgd(0.1)), 1))
+    result = fit(
+        mg,
+        OUTER[outer](),
+        mlp.init(jax.random.key(1), SIZES),
+        Noted(from_function(source), given),
+        steps=steps,
+        mesh=mesh,
+        rules=parallel.mlp(2) if rules else None,
+        progress=False,
+        on_step=act,
+        **({"log_every": 1} | options),
+    )
+    return result, given
+
+
+def acting(here, plan):
+    """What a process does to itself at a step: ``{"process": 1, "step": 7, "signal": 9}``."""
+
+    def act(step, state, info):
+        if plan and here in plan["process"] and step == plan["step"]:
+            jax.block_until_ready(state.meta)
+            os.kill(os.getpid(), plan["signal"])
+
+    return act
+
+
+def vanishing(here, plan):
+    """A data source that one process cannot read from some step on."""
+
+    def source(step):
+        if plan and here in plan["process"] and step >= plan["step"]:
+            pathlib.Path("train.jsonl").resolve(strict=True)
+        return draw(step)
+
+    return source
+
+
+def main(spec, here):
+    """Do the runs of a specification one after the other, and write what they gave."""
+    with distributed.session(
+        f"localhost:{spec['port']}", spec["processes"], here, connect_seconds=60
+    ):
+        for number, run in enumerate(spec["runs"]):
+            run = dict(run)
+            jax.config.update("jax_enable_x64", run.pop("x64", False))
+            act = acting(here, run.pop("act", None))
+            source = vanishing(here, run.pop("vanish", None))
+            config = run.pop("mesh", None)
+            mesh = parallel.make_mesh(parallel.MeshConfig(**config)) if config else None
+            done, given = train(act=act, source=source, mesh=mesh, rules=bool(mesh), **run)
+            report = {
+                "losses": [row["loss"] for row in done.history],
+                "meta": bits(done.meta),
+                "step": int(done.state.step),
+                "interrupted": done.interrupted,
+                "given": given,
+            }
+            path = pathlib.Path(spec["folder"]) / f"{number}.{here}.json"
+            path.write_text(json.dumps(report))
+            print("run", number, "at step", report["step"], flush=True)
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    main(json.loads(pathlib.Path(sys.argv[1]).read_text()), int(sys.argv[2]))
