@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.interpreters import partial_eval
 
 from jmeta.core.estimators import first_order, mixed_mode, reptile, unrolled
 from jmeta.core.inner import Objective, final
+from jmeta.core.tracing import variables_read
 from jmeta.core.types import Array, Episode, Key, MetaGradient, Problem, PyTree
 
 
@@ -142,13 +142,18 @@ def flops(jaxpr: Any) -> float:
         1280.0
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    return _flops(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
+    return _flops(jaxpr, jaxpr.outvars)
 
 
-def _flops(jaxpr: Any) -> float:
+def _flops(jaxpr: Any, outputs: Sequence[Any]) -> float:
+    """FLOPs of an open jaxpr, of which only some outputs are wanted."""
     total = 0.0
-    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+    live = variables_read(jaxpr, outputs)
+    for eqn in jaxpr.eqns:
+        wanted = [v in live for v in eqn.outvars]
         name = eqn.primitive.name
+        if not any(wanted):
+            continue
         if name == "dot_general":
             (contract, _), _ = eqn.params["dimension_numbers"]
             shape = eqn.invars[0].aval.shape
@@ -161,13 +166,19 @@ def _flops(jaxpr: Any) -> float:
             features = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
             total += 2.0 * eqn.outvars[0].aval.size * kernel.size / features
         elif name == "cond":
-            total += max(_flops(branch) for branch in eqn.params["branches"])
+            total += max(_flops(b.jaxpr, b.jaxpr.outvars) for b in eqn.params["branches"])
         else:
             times = eqn.params["length"] if name == "scan" else 1
+            carried = eqn.params["num_carry"] if name == "scan" else 0
             for key, value in eqn.params.items():
                 # The forward and backward rules of a custom derivative are not run beside it.
                 if key in ("jaxpr", "call_jaxpr", "fun_jaxpr", "body_jaxpr") and value is not None:
-                    total += times * _flops(value)
+                    body = getattr(value, "jaxpr", value)
+                    outs = body.outvars
+                    if len(outs) == len(wanted):  # what a loop carries it may need itself
+                        pairs = enumerate(zip(outs, wanted, strict=True))
+                        outs = [out for i, (out, want) in pairs if want or i < carried]
+                    total += times * _flops(body, outs)
     return total
 
 
