@@ -18,7 +18,7 @@ from jmeta.runtime.evaluate import adaptation_values
 from jmeta.tasks import reviews
 from jmeta.tasks.episodes import Sample
 
-RATES = {"full": (0.02, 0.05), "head": (0.1, 0.3), "lora": (0.05, 0.15)}
+RATES = {"full": (0.02, 0.1, 0.3), "head": (0.1, 0.3, 1.0), "lora": (0.03, 0.1, 0.3)}
 """Inner rates to choose from at test, by which weights adapt."""
 RIDGES = (0.1, 1.0, 10.0, 100.0)
 """Inverse strengths of the linear probe's penalty to choose from."""

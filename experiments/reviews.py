@@ -10,7 +10,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import optax
@@ -20,13 +20,12 @@ from experiments import _reviews_model as model
 from experiments import _reviews_report as page
 from experiments import _reviews_scoring as scoring
 from experiments._fewshot_scoring import Clock
-from experiments._shared import Trained, train_method, write_metrics
+from experiments._shared import Trained, started, train_method, write_metrics
 from jmeta.core.types import Episode, MetaGradient, PyTree
 from jmeta.data.loader import episode_loader
 from jmeta.data.sources import DataUnavailable
 from jmeta.methods.maml import learned_start
 from jmeta.runtime import config as configuration
-from jmeta.runtime.cache import use_compilation_cache
 from jmeta.tasks import reviews
 
 META = ("maml", "fomaml", "reptile", "anil", "lora_maml")
@@ -73,12 +72,17 @@ class Config(configuration.RunConfig):
     """The same where the head alone does (anil)."""
     lora_lr: float = 0.1
     """The same where low-rank factors and the head do (lora_maml)."""
-    outer_lr: float = 2e-4
-    """Adam's rate at the start of a cosine decay, and transfer's."""
+    outer_lr: float = 1e-3
+    """Adam's rate at the start of a cosine decay, of maml, fomaml, anil and reptile."""
+    transfer_lr: float = 2e-4
+    """The same for transfer, which takes many more and smaller steps."""
     lora_outer_lr: float = 2e-3
     """The same for lora_maml."""
-    reptile_lr: float = 0.5
-    """Reptile's step towards the adapted weights, at the start of a cosine decay."""
+    reptile_outer: Literal["adam", "sgd"] = "adam"
+    """What follows Reptile's direction: adam at outer_lr, which is scale-free, or sgd at
+    reptile_lr, as published, which hardly moves a fresh head in so few meta-steps."""
+    reptile_lr: float = 1.0
+    """Reptile's step towards the adapted weights, at the start of a cosine decay, with sgd."""
     transfer_batch: int = 32
     """Reviews per step of transfer."""
     hide: float = 0.1
@@ -124,7 +128,8 @@ def gradient_evaluations(config: Config, method: str) -> int:
 _SYNTHETIC = Config(
     source="synthetic", model="random", positions=32, test_domains=("pens", "tents"),
     larger_domains=("films",), validation_domains=("soaps",), test_shots=(4, 16),
-    test_queries=(8, 14), shots=4, queries=4, outer_lr=3e-3, lora_outer_lr=3e-3, inner_lr=0.1,
+    test_queries=(8, 14), shots=4, queries=4, outer_lr=3e-3, transfer_lr=3e-3,
+    lora_outer_lr=3e-3, inner_lr=0.1,
 )  # fmt: skip
 PRESETS = {
     "demo": _SYNTHETIC,
@@ -188,9 +193,11 @@ def estimator(config: Config, encoder: model.Encoder, method: str) -> MetaGradie
 
 def outer(config: Config, method: str, steps: int) -> optax.GradientTransformation:
     """The outer optimizer of one method, with a cosine decay."""
-    rate = {"reptile": config.reptile_lr, "lora_maml": config.lora_outer_lr}
-    schedule = optax.cosine_decay_schedule(rate.get(method, config.outer_lr), steps)
-    made = optax.sgd(schedule) if method == "reptile" else optax.adam(schedule)
+    plain = method == "reptile" and config.reptile_outer == "sgd"
+    rate = {"lora_maml": config.lora_outer_lr, "transfer": config.transfer_lr}
+    chosen = config.reptile_lr if plain else rate.get(method, config.outer_lr)
+    schedule = optax.cosine_decay_schedule(chosen, steps)
+    made = optax.sgd(schedule) if plain else optax.adam(schedule)
     return optax.chain(optax.clip_by_global_norm(10.0), made)
 
 
@@ -324,8 +331,8 @@ def check_sizes(config: Config, sources: Mapping[str, model.Source]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     with configuration.track(configuration.parse(PRESETS, argv)) as config:
-        use_compilation_cache()
-        run(config)
+        with started(config.out):
+            run(config)
 
 
 if __name__ == "__main__":
