@@ -92,7 +92,7 @@ def shardings(mesh: Mesh, tree: PyTree, rules: Rules) -> PyTree:
             one that does not divide its dimension; the message names leaf, dimension and axis.
 
     Example:
-        >>> mesh = make_mesh()
+        >>> mesh = jax.make_mesh((1, 1), ("fsdp", "tensor"))
         >>> params = {"up": jax.ShapeDtypeStruct((2, 4), "float32")}
         >>> shardings(mesh, params, [("up", P(None, "tensor"))])["up"].spec == P(None, "tensor")
         True
