@@ -113,10 +113,16 @@ def stream(texts: Sequence[str], words: Vocabulary) -> np.ndarray:
 
     Returns:
         int32 ``[tokens]``.
+
+    Raises:
+        ValueError: the vocabulary has no end of text.
     """
+    end = words.eos
+    if end is None:
+        raise ValueError("the tokeniser has no end of text, so that texts would run together")
 
     def make() -> dict[str, np.ndarray]:
-        parts = [np.append(ids, words.eos) for ids in token_ids(words.tokenizer, texts)]
+        parts = [[*ids, end] for ids in token_ids(words.tokenizer, texts)]
         return {"tokens": np.concatenate(parts).astype(np.int32)}
 
     key = cache_key(texts=list(texts), tokenizer=cache_name(words))
