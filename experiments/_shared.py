@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import optax
 
 from jmeta.core.types import MetaGradient, PyTree
-from jmeta.files import write_atomically
-from jmeta.runtime import checkpoint, fit, train
+from jmeta.files import leave_to_others, write_atomically
+from jmeta.runtime import checkpoint, distributed, fit, train
+from jmeta.runtime.cache import use_compilation_cache
 
 _CPU = "cpu_seconds"
 
@@ -33,6 +35,20 @@ class Trained(NamedTuple):
     step: int
     history: list[dict[str, Any]]
     cpu_seconds: float
+
+
+@contextlib.contextmanager
+def started(out: Path) -> Iterator[None]:
+    """Around a whole experiment: it joins the other processes of a launch, of which one writes.
+
+    Args:
+        out: the run directory, which all of them share.
+    """
+    with distributed.session():
+        use_compilation_cache()
+        if not distributed.is_writer():
+            leave_to_others(out)
+        yield
 
 
 def train_method(
@@ -77,14 +93,15 @@ def train_method(
         spent = before + time.process_time() - begun
         if folder.exists():
             write_atomically(note, f"{spent}\n")
+    meta = distributed.own_copy(done.meta)
     if done.interrupted:
         sys.exit(f"stopped at meta-step {int(done.state.step)} of {name}: go on with --resume")
     if best is None:
-        return Trained(done.meta, int(done.state.step), done.history, spent)
+        return Trained(meta, int(done.state.step), done.history, spent)
     with checkpoint.open_checkpoints(folder / "checkpoints", keep=1, best=best) as manager:
         found = checkpoint.restore(manager, done.state, step=manager.best_step())
     state: train.TrainState = found.tree
-    return Trained(state.meta, found.step, done.history, spent)
+    return Trained(distributed.own_copy(state.meta), found.step, done.history, spent)
 
 
 def write_metrics(out: Path, histories: Mapping[str, list[dict[str, Any]]]) -> None:

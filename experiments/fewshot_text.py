@@ -21,13 +21,12 @@ import jmeta
 from experiments import _fewshot_model as model
 from experiments import _fewshot_report as page
 from experiments import _fewshot_scoring as scoring
-from experiments._shared import Trained, train_method, write_metrics
+from experiments._shared import Trained, started, train_method, write_metrics
 from jmeta.core.types import Episode, MetaGradient, PyTree
 from jmeta.data.loader import episode_loader
 from jmeta.data.sources import DataUnavailable
 from jmeta.methods.maml import learned_start
 from jmeta.runtime import config as configuration
-from jmeta.runtime.cache import use_compilation_cache
 from jmeta.tasks.corpora import SPLITS, stdlib_passages
 from jmeta.tasks.episodes import FewShot, at_least, episodes, split_classes
 from jmeta.tasks.labelled_text import labelled_text
@@ -340,8 +339,8 @@ def run(config: Config) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     with configuration.track(configuration.parse(PRESETS, argv)) as config:
-        use_compilation_cache()
-        run(config)
+        with started(config.out):
+            run(config)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 import jmeta
-from experiments._shared import Trained, learning_curve, train_method, write_metrics
+from experiments._shared import Trained, learning_curve, started, train_method, write_metrics
 from jmeta import methods
 from jmeta.core.types import Array, Episode, Key, Problem, PyTree
 from jmeta.data.loader import episode_loader
@@ -27,7 +27,6 @@ from jmeta.methods.maml import TaskLoss
 from jmeta.models import conv, losses
 from jmeta.runtime import config as configuration
 from jmeta.runtime import figures, report
-from jmeta.runtime.cache import use_compilation_cache
 from jmeta.runtime.evaluate import adaptation_values
 from jmeta.runtime.statistics import mean_ci, summarise
 from jmeta.tasks.episodes import FewShot, episodes
@@ -398,8 +397,8 @@ def run(config: Config) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     with configuration.track(configuration.parse(PRESETS, argv)) as config:
-        use_compilation_cache()
-        run(config)
+        with started(config.out):
+            run(config)
 
 
 if __name__ == "__main__":

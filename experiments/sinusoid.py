@@ -18,13 +18,12 @@ import numpy as np
 import optax
 
 import jmeta
-from experiments._shared import learning_curve, train_method, write_metrics
+from experiments._shared import learning_curve, started, train_method, write_metrics
 from jmeta import methods
 from jmeta.core.types import Array, Episode, Info, Key, MetaGradient, Problem, PyTree
 from jmeta.models import losses, mlp
 from jmeta.runtime import config as configuration
 from jmeta.runtime import drawing, figures, fit, report
-from jmeta.runtime.cache import use_compilation_cache
 from jmeta.runtime.evaluate import adaptation_values
 from jmeta.runtime.statistics import mean_ci, summarise
 from jmeta.tasks.sinusoid import sinusoids
@@ -383,8 +382,8 @@ def run(config: Config) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     with configuration.track(configuration.parse(PRESETS, argv)) as config:
-        use_compilation_cache()
-        run(config)
+        with started(config.out):
+            run(config)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,10 @@ HEARTBEAT = "JMETA_HEARTBEAT_SECONDS"
 _SIZES = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 _PATIENCE = 4.0  # seconds for the others to notice a failure and say so
 _FAREWELLS = "jmeta/farewells/"
+_ADVICE = (
+    "then start all again with --resume (fit(resume=True)), and the run goes on from its newest "
+    "whole checkpoint"
+)
 
 
 def initialize(
@@ -47,7 +51,7 @@ def initialize(
         processes: how many there are.
         process: which one this is, from 0.
         heartbeat_seconds: how long a process may be silent before the others give it up; default:
-            ``JMETA_HEARTBEAT_SECONDS``, else 60.
+            ``JMETA_HEARTBEAT_SECONDS``, else 30.
         connect_seconds: how long to wait for the others at the start.
 
     Raises:
@@ -65,7 +69,7 @@ def initialize(
         processes if processes is not None else _number(COUNT),
         process if process is not None else _number(INDEX),
     )
-    heartbeat = heartbeat_seconds or _number(HEARTBEAT) or 60
+    heartbeat = heartbeat_seconds or _number(HEARTBEAT) or 30
     if _is_complete(given):
         _reach(given[0], given[2], connect_seconds)
     try:
@@ -89,6 +93,12 @@ def initialize(
         ) from error
     if jax.process_count() > 1:
         _sign_logs()
+        # A process whose reduction never returns is ended by JAX's client, which knows no advice.
+        print(
+            f"jmeta: {name()}. If one dies, the others end within some {heartbeat} s: {_ADVICE}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 @contextlib.contextmanager
@@ -313,8 +323,7 @@ def _leave(error: BaseException, missing: list[int], told: dict[int, str]) -> No
         said = f"{what}; {name()} cannot go on without it"
     sys.stdout.flush()
     print(
-        f"jmeta: {said}. Start all processes again with --resume (fit(resume=True)): the run goes "
-        "on from its newest whole checkpoint",
+        f"jmeta: {said}: {_ADVICE}",
         file=sys.stderr,
         flush=True,
     )

@@ -312,8 +312,9 @@ def _checkpoints(folder: pathlib.Path, keep: int, best: str | None) -> Iterator[
     try:
         yield manager
     except BaseException:
-        with contextlib.suppress(Exception):
-            manager.close()
+        if jax.process_count() == 1:  # of several, one that is gone would never end its part
+            with contextlib.suppress(Exception):
+                manager.close()
         raise
     manager.close()
 

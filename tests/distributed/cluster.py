@@ -22,7 +22,12 @@ def free_port():
 def environment(devices):
     """For a process of ``devices`` CPU devices, outside of any cluster."""
     flags = f"--xla_force_host_platform_device_count={devices}"
-    return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    return os.environ | {
+        "XLA_FLAGS": flags,
+        "JAX_PLATFORMS": "cpu",
+        "JMETA_HEARTBEAT_SECONDS": "10",
+        "PYTHONPATH": str(ROOT),
+    }
 
 
 @contextlib.contextmanager
