@@ -119,9 +119,15 @@ def gradient_evaluations(config: Config, method: str) -> int:
     others although they are cheaper.
     """
     inner = config.inner_steps * config.shots
-    each = dict.fromkeys(("maml", "anil", "lora_maml", "transfer"), 3 * inner + config.queries)
-    each["fomaml"] = inner + config.queries
-    each["reptile"] = config.inner_steps * (config.shots + config.queries)
+    exact = 3 * inner + config.queries
+    each = {
+        "maml": exact,
+        "anil": exact,
+        "lora_maml": exact,
+        "transfer": exact,
+        "fomaml": inner + config.queries,
+        "reptile": config.inner_steps * (config.shots + config.queries),
+    }
     return each.get(method, 0) * config.meta_batch * config.meta_steps
 
 
