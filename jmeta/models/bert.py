@@ -75,12 +75,12 @@ def init(config: BertConfig, key: Array) -> Params:
         key: a PRNG key.
 
     Returns:
-        ``{"embed": {"tokens", "positions", "types", "ln"}, "blocks": {"attn": {"query", "key",
-        "value", "out"}, "ln1", "mlp": {"up", "down"}, "ln2"}, "head"}`` in the default float:
-        blocks stacked on a leading ``[layers]`` axis, linear layers ``{"kernel" [in, out],
-        "bias"}``, normalisations ``{"scale", "bias"}``. ``head`` is
-        ``{"dense", "ln", "bias" [vocab]}``, ``{"dense", "out"}`` or ``{"out"}``, as the config
-        says, and missing where it says None.
+        A dict of ``embed``, ``blocks`` and ``head``, in the default float. ``embed`` has
+        ``{"tokens", "positions", "types", "ln"}``; ``blocks``, stacked on a leading ``[layers]``
+        axis, ``attn`` with ``{"query", "key", "value", "out"}``, ``ln1``, ``mlp`` with
+        ``{"up", "down"}``, and ``ln2``. Linear layers are ``{"kernel" [in, out], "bias"}``,
+        normalisations ``{"scale", "bias"}``. ``head`` is ``{"dense", "ln", "bias" [vocab]}``,
+        ``{"dense", "out"}`` or ``{"out"}``, as the config says, and missing where it says None.
 
     Raises:
         ValueError: a field of the config has no meaning.

@@ -69,11 +69,12 @@ def init(config: GPT2Config, key: Array) -> Params:
         key: a PRNG key.
 
     Returns:
-        ``{"embed": {"tokens", "positions"}, "blocks": {"ln1", "attn": {"qkv", "out"}, "ln2",
-        "mlp": {"up", "down"}}, "ln_f", "head"}`` in the default float: blocks stacked on a leading
-        ``[layers]`` axis, linear layers ``{"kernel" [in, out], "bias"}``, normalisations
-        ``{"scale", "bias"}``. The columns of ``qkv`` are ordered query, key, value. ``head`` is
-        ``{"out"}`` for classes (without a bias) and spans, and missing otherwise.
+        A dict of ``embed``, ``blocks``, ``ln_f`` and ``head``, in the default float. ``embed`` has
+        ``{"tokens", "positions"}``; ``blocks``, stacked on a leading ``[layers]`` axis, ``ln1``,
+        ``attn`` with ``{"qkv", "out"}``, ``ln2``, and ``mlp`` with ``{"up", "down"}``. Linear
+        layers are ``{"kernel" [in, out], "bias"}``, normalisations ``{"scale", "bias"}``. The
+        columns of ``qkv`` are ordered query, key, value. ``head`` is ``{"out"}`` for classes
+        (without a bias) and spans, and missing otherwise.
 
     Raises:
         ValueError: a field of the config has no meaning.

@@ -81,7 +81,7 @@ def shardings(mesh: Mesh, tree: PyTree, rules: Rules) -> PyTree:
 
     Args:
         mesh: with the axes that the rules name.
-        tree: arrays or ``ShapeDtypeStruct``s.
+        tree: arrays or ``ShapeDtypeStruct``.
         rules: ``(path glob, PartitionSpec)`` pairs, as in ``jmeta.core.tree``; scalars need none.
 
     Returns:
@@ -111,7 +111,7 @@ def state_shardings(mesh: Mesh, state: TrainState, rules: Rules) -> PyTree:
 
     Args:
         mesh: the mesh.
-        state: arrays or ``ShapeDtypeStruct``s.
+        state: arrays or ``ShapeDtypeStruct``.
         rules: for ``state.meta``.
 
     Returns:

@@ -224,7 +224,7 @@ def sharded_step(
         mg: from ``over_tasks``.
         outer_optimizer: any optax optimizer.
         mesh: the mesh.
-        state: arrays or ``ShapeDtypeStruct``s, for shapes and dtypes alone.
+        state: arrays or ``ShapeDtypeStruct``, for shapes and dtypes alone.
         rules: for the meta-parameters.
 
     Returns:
@@ -239,7 +239,7 @@ def abstract(tree: PyTree, layout: PyTree) -> PyTree:
     """Shapes and dtypes with a layout, to lower a program from without any array.
 
     Args:
-        tree: arrays or ``ShapeDtypeStruct``s.
+        tree: arrays or ``ShapeDtypeStruct``.
         layout: a tree of shardings, or one for all leaves.
 
     Returns:
