@@ -134,12 +134,7 @@ def against_diversity(
             chosen = [plan for plan in plans if plan.kind == kind]
             places = [diversity.get(frozenset(plan.sources)) for plan in chosen]
             if not diversity:
-                # Points of one number of sources side by side, each kind in a lane of its own.
-                seen: dict[int, int] = {}
-                for at, plan in enumerate(chosen):
-                    count = len(plan.sources)
-                    seen[count] = seen.get(count, -1) + 1
-                    places[at] = count + 0.22 * (index - 1) + 0.05 * (seen[count] - 1)
+                places = _lanes([len(plan.sources) for plan in chosen], 0.24 * (index - 1))
             drawn = [(p, x) for p, x in zip(chosen, places, strict=True) if x is not None]
             if drawn:
                 found = [accuracy[plan.name] for plan, _ in drawn]
@@ -154,7 +149,9 @@ def against_diversity(
             )
         if not diversity:
             axes.set_xticks(range(1, 1 + max(len(plan.sources) for plan in plans)))
-        axes.set_xlabel("diversity coefficient of the sources" if diversity else "sources")
+        axes.set_xlabel(
+            "diversity coefficient of the sources" if diversity else "number of sources"
+        )
         axes.set_ylabel("SST-2 accuracy")
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=9)
     what = "the diversity coefficient of its sources" if diversity else "the number of its sources"
@@ -163,6 +160,15 @@ def against_diversity(
     caption = f"SST-2 accuracy after each intermediate training against {what}; bars are 95 % "
     caption += f"intervals.{' Without a coefficient: ' + ', '.join(left) + '.' if left else ''}"
     return caption, drawing.save(figure, config.out / "diversity")
+
+
+def _lanes(counts: Sequence[int], offset: float) -> list[float | None]:
+    """Places of points of equal counts side by side, around the count and an offset."""
+    places: list[float | None] = []
+    for at, count in enumerate(counts):
+        before, total = counts[:at].count(count), counts.count(count)
+        places.append(count + offset + 0.06 * (before - (total - 1) / 2))
+    return places
 
 
 def learning(config: Any, seeds: Sequence[Seed], plans: Sequence[Any]) -> Figure:

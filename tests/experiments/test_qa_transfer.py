@@ -16,6 +16,7 @@ from experiments import _qa_report as page
 from experiments import qa_transfer
 from jmeta.core import optim
 from jmeta.models import gpt2
+from jmeta.models.pretrained import to_pretrained
 from jmeta.runtime import report
 from jmeta.tasks.text import Example
 
@@ -189,16 +190,20 @@ def test_one_reptile_step_is_the_mean_of_the_tasks_ends(bench, x64):
     episode = data.by_task(bench.sources, 2, inner, 0)(0)
     estimator = model.reptile(loss, inner, rate)
     grads, _, _ = jax.jit(lambda p: estimator.estimate(p, (), episode, None))(params)
-    gradient = jax.jit(jax.grad(lambda p, batch: loss(p, batch, None)[0]))
+    optimizer = optim.adam(rate)
+
+    @jax.jit
+    def moved(fast, state, batch):
+        slope = jax.grad(lambda p: loss(p, batch, None)[0])(fast)
+        updates, state = optimizer.update(slope, state, fast)
+        return optax.apply_updates(fast, updates), state
+
     ends = []
     for task in range(len(bench.sources)):
-        fast, optimizer = params, optim.adam(rate)
-        state = optimizer.init(fast)
+        fast, state = params, optimizer.init(params)
         for step in range(inner):
             batch = {k: leaf[task, step] for k, leaf in episode.support.batches.items()}
-            slope = gradient(fast, batch)
-            updates, state = optimizer.update(slope, state)
-            fast = optax.apply_updates(fast, updates)
+            fast, state = moved(fast, state, batch)
         ends.append(fast)
     expected = jax.tree.map(lambda start, *end: start - sum(end) / len(end), params, *ends)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), grads, expected)
@@ -276,6 +281,22 @@ def test_without_data_or_checkpoint_the_program_says_what_is_needed(set_up, tmp_
     monkeypatch.delenv("JMETA_DATA")
     with pytest.raises(SystemExit, match="set JMETA_DATA"):
         qa_transfer.main(arguments)
+
+
+def test_a_checkpoint_with_its_tokeniser_takes_the_place_of_the_small_model(bench, tmp_path):
+    start = bench.start
+    folder = to_pretrained(tmp_path / "checkpoint", start.config, start.params)
+    start.words.tokenizer.save(str(folder / "tokenizer.json"))
+    config = dataclasses.replace(SMOKE, model=str(folder))
+    found = qa_transfer.prepare(config)
+    assert found.lm is None
+    assert found.start.words.fingerprint == start.words.fingerprint
+    for name, each in bench.sources.items():
+        assert found.answers(found.start.params, found.sources[name].dev) == pytest.approx(
+            bench.answers(start.params, each.dev), rel=1e-5
+        )
+    with pytest.raises(ValueError, match="has 48 positions; 64 are asked for"):
+        qa_transfer.prepare(dataclasses.replace(config, positions=64))
 
 
 def test_a_verdict_says_plainly_whether_anything_helped():
