@@ -257,7 +257,7 @@ def encode(encoder: Encoder, found: reviews.Reviews, positions: int) -> Source:
         positions: tokens of a review; longer ones lose their end.
 
     Returns:
-        A ``Source``; its arrays are memory-mapped.
+        A ``Source``.
     """
     encoded = reviews.encode(found, encoder.words, positions=positions)
     digest = hashlib.sha256(encoded.tokens.tobytes() + encoded.length.tobytes())
@@ -268,7 +268,7 @@ def encode(encoder: Encoder, found: reviews.Reviews, positions: int) -> Source:
     if not all(file.exists() for file in files):
         for file, array in zip(files, _run_below(encoder, encoded), strict=True):
             write_atomically(file, lambda to, array=array: np.save(to, array))
-    return Source(encoded, *(np.load(file, mmap_mode="r") for file in files))
+    return Source(encoded, *map(np.load, files))
 
 
 def _run_below(encoder: Encoder, encoded: reviews.Encoded) -> tuple[np.ndarray, np.ndarray]:

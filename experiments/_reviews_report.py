@@ -158,15 +158,19 @@ def verdicts(summary: Sequence[Mapping[str, Any]], learners: Sequence[str]) -> l
 def wait_verdict(seeds: Sequence[Seed]) -> str:
     """Whether the steps had to wait for data."""
     waits = {
-        (name, each.seed): max(waits_of(run)) for each in seeds for name, run in each.runs.items()
+        f"{name}, seed {each.seed}": waits_of(run)
+        for each in seeds
+        for name, run in each.runs.items()
     }
-    (method, seed), worst = max(waits.items(), key=lambda item: item[1])
-    word = "No training waited" if worst <= BAR else "Some trainings waited"
+    worst = max(waits, key=lambda name: np.mean(waits[name]))
+    longest = max(waits, key=lambda name: max(waits[name]))
+    share = float(np.mean(waits[worst]))
+    word = "No training's steps" if share <= BAR else "Some trainings' steps"
     return (
-        f"{word} for data more than {100 * BAR:g} % of its steps' time in any stretch between two "
-        f"rows of metrics; the longest wait was {100 * worst:.2f} % ({method}, seed {seed}). The "
-        "first stretch, which holds the compilation, is left out; evaluations are not counted as "
-        "steps' time."
+        f"{word} waited for data more than {100 * BAR:g} % of their time: the worst waited "
+        f"{100 * share:.2f} % ({worst}); the longest wait in a stretch between two rows of metrics "
+        f"was {100 * max(waits[longest]):.2f} % ({longest}). The first stretch, which holds the "
+        "compilation, is left out, and evaluations are not steps' time."
     )
 
 
@@ -244,6 +248,7 @@ def write(
         for metric, value in zip(("phase wall seconds", "phase CPU seconds"), spent, strict=True)
     ]
     summary = summary_of(rows)
+    trained: Any = seeds  # all that the figure reads is each seed's runs
     said = [*verdicts(summary, _learners(counts)), wait_verdict(seeds)]
     made = [
         *(adaptation(config, seeds, shots) for shots in config.test_shots),
@@ -251,7 +256,7 @@ def write(
             differences(config, summary, shots, baseline)
             for shots in config.test_shots for baseline in BASELINES
         ),
-        learning(config, seeds),
+        learning(config, trained),
     ]  # fmt: skip
     report.write_results(config.out, rows, summary)
     shown = [row for row in summary if row["metric"] != "accuracy by inner steps"]

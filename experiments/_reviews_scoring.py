@@ -5,6 +5,7 @@ Baselines that take no gradient steps on the network get the rows of the same ep
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -56,6 +57,35 @@ class Scored(NamedTuple):
     domains: tuple[str, ...]
     chosen: int = 0
     rate: float | None = None
+
+
+Scores: TypeAlias = dict[str, dict[int, Scored]]  # by method and number of support examples
+
+
+def written(scored: Scores) -> str:
+    """Scores as JSON."""
+    plain = {
+        name: {shots: found._replace(values=found.values.tolist()) for shots, found in at.items()}
+        for name, at in scored.items()
+    }
+    return json.dumps(plain)
+
+
+def read_scored(text: str) -> Scores:
+    """What ``written`` wrote.
+
+    Example:
+        >>> found = {"maml": {8: Scored(np.ones((1, 2)), ("pens",), 1, 0.5)}}
+        >>> read_scored(written(found))["maml"][8]
+        Scored(values=array([[1., 1.]]), domains=('pens',), chosen=1, rate=0.5)
+    """
+    return {
+        name: {
+            int(shots): Scored(np.asarray(values), tuple(domains), chosen, rate)
+            for shots, (values, domains, chosen, rate) in at.items()
+        }
+        for name, at in json.loads(text).items()
+    }
 
 
 def episodes(source: model.Source, *, shots: int, queries: int, tasks: int) -> Sample:

@@ -24,6 +24,7 @@ from experiments._shared import Trained, started, train_method, write_metrics
 from jmeta.core.types import Episode, MetaGradient, PyTree
 from jmeta.data.loader import episode_loader
 from jmeta.data.sources import DataUnavailable
+from jmeta.files import write_atomically
 from jmeta.methods.maml import learned_start
 from jmeta.runtime import config as configuration
 from jmeta.tasks import reviews
@@ -233,7 +234,7 @@ def train(
     steps = config.meta_steps
     if method == "transfer":
         steps = gradient_evaluations(config, method) // config.transfer_batch
-    loader = episode_loader(training_batches(config, source, method), seed=seed, prefetch=4)
+    loader = episode_loader(training_batches(config, source, method), seed=seed)
     looks = max(1, steps // config.evaluations)
     try:
         return train_method(
@@ -274,7 +275,10 @@ def run_seed(
             runs[method] = train(config, seed, encoder, sources["train"], method, look(method))
     starts = {name: each.meta for name, each in runs.items()} | {"no meta-training": encoder.top}
 
-    scored: dict[str, dict[int, scoring.Scored]] = {}
+    kept = config.out / f"scored-{seed}.json"
+    if config.resume and kept.exists():
+        return page.Seed(seed, scoring.read_scored(kept.read_text()), runs)
+    scored: scoring.Scores = {}
     for shots, queries in zip(config.test_shots, config.test_queries, strict=True):
         names = scoring.domains_at(config, unseen, shots + queries)
         each = config.test_episodes if shots <= 40 else -(-config.test_episodes // 3)
@@ -292,6 +296,7 @@ def run_seed(
                     scored.setdefault("transfer, not adapted", {})[shots] = plain
             for name, found in scoring.baselines((held_out, choice), (unseen, final)).items():
                 scored.setdefault(name, {})[shots] = found
+    write_atomically(kept, scoring.written(scored))
     return page.Seed(seed, scored, runs)
 
 

@@ -67,7 +67,7 @@ def test_the_report_says_what_the_numbers_show_and_how_long_steps_waited(smoke):
     said = (smoke / "report.html").read_text()
     assert "the best meta-learner" in said
     assert "nothing about sentiment" in said
-    assert "waited for data more than 5 %" in said
+    assert "waited for data more than 5 % of their time" in said
     rows = [json.loads(line) for line in (smoke / "metrics.jsonl").read_text().splitlines()]
     assert all(0 <= row["data_wait"] <= 1 for row in rows)
     worst = {
