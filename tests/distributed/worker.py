@@ -30,7 +30,7 @@ def loss(fast, meta, batch, key):
 def draw(step):
     """The global batch of a step; each task has a number of its own in ``id``."""
     rng = np.random.default_rng(step)
-    kind = np.float64 if jax.config.jax_enable_x64 else np.float32
+    kind = np.asarray(jax.numpy.zeros(())).dtype
 
     def data():
         x = rng.normal(size=(TASKS, 6, 4)).astype(kind)
@@ -65,15 +65,15 @@ def bits(tree):
     """The bytes of a tree, in hexadecimal."""
     leaves = jax.tree.leaves(distributed.whole(tree))
     plain = [
-        jax.random.key_data(leaf)
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        else leaf
+        jax.random.key_data(leaf) if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
         for leaf in leaves
     ]
     return b"".join(np.asarray(leaf).tobytes() for leaf in plain).hex()
 
 
-def train(steps, outer="sgd", mesh=None, rules=False, act=None, source=draw, **options):
+def train(
+    steps, outer="sgd", mesh=None, rules=False, act=None, source=draw, log_every=1, **options
+):
     """``fit`` on the regression; returns its result and the tasks this process was given."""
     given = {}
     mg = jmeta.over_tasks(jmeta.mixed_mode(Problem(loss, loss, lambda meta: optax.sgd(0.1)), 1))
@@ -85,9 +85,10 @@ def train(steps, outer="sgd", mesh=None, rules=False, act=None, source=draw, **o
         steps=steps,
         mesh=mesh,
         rules=parallel.mlp(2) if rules else None,
+        log_every=log_every,
         progress=False,
         on_step=act,
-        **({"log_every": 1} | options),
+        **options,
     )
     return result, given
 
