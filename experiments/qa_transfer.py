@@ -22,14 +22,13 @@ from experiments import _qa_data as data
 from experiments import _qa_model as model
 from experiments import _qa_report as page
 from experiments._qa_data import SOURCES
-from experiments._shared import Trained, train_method
+from experiments._shared import Trained, started, train_method
 from jmeta.core.types import MetaGradient, PyTree
 from jmeta.data.cache import cache_key
 from jmeta.data.sources import DataUnavailable
 from jmeta.files import write_atomically
 from jmeta.models import gpt2
 from jmeta.runtime import config as configuration
-from jmeta.runtime.cache import use_compilation_cache
 from jmeta.runtime.coerce import plain
 from jmeta.runtime.fit import from_function
 from jmeta.tasks import glue
@@ -364,8 +363,8 @@ def run(config: Config) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     with configuration.track(configuration.parse(PRESETS, argv)) as config:
-        use_compilation_cache()
-        run(config)
+        with started(config.out):
+            run(config)
 
 
 if __name__ == "__main__":
