@@ -136,7 +136,7 @@ _SYNTHETIC = Config(
     source="synthetic", model="random", positions=32, test_domains=("pens", "tents"),
     larger_domains=("films",), validation_domains=("soaps",), test_shots=(4, 16),
     test_queries=(8, 14), shots=4, queries=4, outer_lr=3e-3, transfer_lr=3e-3,
-    lora_outer_lr=3e-3, inner_lr=0.1,
+    lora_outer_lr=3e-3, inner_lr=0.1, meta_steps=400,
 )  # fmt: skip
 PRESETS = {
     "demo": _SYNTHETIC,
