@@ -105,8 +105,8 @@ def compile_estimate(mg: MetaGradient, meta: PyTree, episode: Episode, key: Key 
         >>> from jmeta.testing import quadratic
         >>> q = quadratic(dim=8)
         >>> program = compile_estimate(first_order(q.problem, 3), q.meta, q.episode)
-        >>> program.flops  # four losses and gradients of 304 each
-        1216.0
+        >>> program.flops  # four gradients of 288 each
+        1152.0
     """
 
     def grads(meta: PyTree, episode: Episode) -> PyTree:

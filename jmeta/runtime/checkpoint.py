@@ -275,7 +275,7 @@ def load_params(path: str | os.PathLike) -> tuple[PyTree, dict[str, Any]]:
         ) from error
     if header is not None and header["crc32"] != _crc_arrays(arrays):
         raise ValueError(f"{path} is damaged: its checksum differs; copy or save it again")
-    narrowed = [name for name, array in arrays.items() if _narrows(array)]
+    narrowed = [n for n, a in arrays.items() if jax.dtypes.canonicalize_dtype(a.dtype) != a.dtype]
     if narrowed:
         warnings.warn(
             f"jmeta: {path} holds 64-bit arrays ({', '.join(narrowed[:_MAX_SHOWN])}) that become "
@@ -448,7 +448,3 @@ def _descend(tree: dict[str, Any], keys: list[str]) -> dict[str, Any]:
     for key in keys:
         tree = tree.setdefault(key, {})
     return tree
-
-
-def _narrows(array: np.ndarray) -> bool:
-    return jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype
