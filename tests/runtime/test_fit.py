@@ -406,6 +406,9 @@ def test_a_signal_ends_the_run_after_its_step_and_puts_the_handlers_back(tmp_pat
 
 
 def test_a_second_interrupt_acts_at_once():
+    # Whatever ran in this process before may have left a handler of its own.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def stop(step, state, info):
         gc.disable()  # jax collects from a callback, which would swallow the exception
         try:
@@ -414,8 +417,11 @@ def test_a_second_interrupt_acts_at_once():
         finally:
             gc.enable()
 
-    with pytest.raises(KeyboardInterrupt):
-        fit(MG, OUTER, START, batches(), steps=10, on_step=stop, progress=False)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fit(MG, OUTER, START, batches(), steps=10, on_step=stop, progress=False)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_another_thread_can_train():
