@@ -203,6 +203,7 @@ def test_a_scheduler_that_was_not_heeded_is_said(monkeypatch):
 # --- deaths ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_death_of_a_process_ends_the_others_and_costs_only_time(tmp_path, single):
     out, last = str(tmp_path / "run"), 2
     plan = {"process": [1], "step": 12, "signal": int(signal.SIGKILL)}
