@@ -1,4 +1,4 @@
-"""What several experiments share: training one method in a folder of its own, with its CPU time."""
+"""What several experiments share: the command line, and training one method in its own folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import optax
 from jmeta.core.types import MetaGradient, PyTree
 from jmeta.files import leave_to_others, write_atomically
 from jmeta.runtime import checkpoint, distributed, fit, train
+from jmeta.runtime import config as configuration
 from jmeta.runtime.cache import use_compilation_cache
 
 _CPU = "cpu_seconds"
@@ -35,6 +36,21 @@ class Trained(NamedTuple):
     step: int
     history: list[dict[str, Any]]
     cpu_seconds: float
+
+
+def command_line(
+    presets: Mapping[str, Any], run: Callable[[Any], object], argv: Sequence[str] | None = None
+) -> None:
+    """An experiment's ``main``: read the configuration, join the other processes of a launch, run.
+
+    Args:
+        presets: configurations by name.
+        run: ``config -> anything``.
+        argv: default: the process's own arguments.
+    """
+    with configuration.track(configuration.parse(presets, argv)) as config:
+        with started(config.out):
+            run(config)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ import jmeta
 from experiments import _fewshot_model as model
 from experiments import _fewshot_report as page
 from experiments import _fewshot_scoring as scoring
-from experiments._shared import Trained, started, train_method, write_metrics
+from experiments._shared import Trained, command_line, train_method, write_metrics
 from jmeta.core.types import Episode, MetaGradient, PyTree
 from jmeta.data.loader import episode_loader
 from jmeta.data.sources import DataUnavailable
@@ -338,9 +338,7 @@ def run(config: Config) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    with configuration.track(configuration.parse(PRESETS, argv)) as config:
-        with started(config.out):
-            run(config)
+    command_line(PRESETS, run, argv)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 import jmeta
-from experiments._shared import Trained, learning_curve, started, train_method, write_metrics
+from experiments._shared import Trained, command_line, learning_curve, train_method, write_metrics
 from jmeta import methods
 from jmeta.core.types import Array, Episode, Key, Problem, PyTree
 from jmeta.data.loader import episode_loader
@@ -396,9 +396,7 @@ def run(config: Config) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    with configuration.track(configuration.parse(PRESETS, argv)) as config:
-        with started(config.out):
-            run(config)
+    command_line(PRESETS, run, argv)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from experiments import _qa_data as data
 from experiments import _qa_model as model
 from experiments import _qa_report as page
 from experiments._qa_data import SOURCES
-from experiments._shared import Trained, started, train_method
+from experiments._shared import Trained, command_line, train_method
 from jmeta.core.types import MetaGradient, PyTree
 from jmeta.data.cache import cache_key
 from jmeta.data.sources import DataUnavailable
@@ -362,9 +362,7 @@ def run(config: Config) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    with configuration.track(configuration.parse(PRESETS, argv)) as config:
-        with started(config.out):
-            run(config)
+    command_line(PRESETS, run, argv)
 
 
 if __name__ == "__main__":

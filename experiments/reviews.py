@@ -20,7 +20,7 @@ from experiments import _reviews_model as model
 from experiments import _reviews_report as page
 from experiments import _reviews_scoring as scoring
 from experiments._fewshot_scoring import Clock
-from experiments._shared import Trained, started, train_method, write_metrics
+from experiments._shared import Trained, command_line, train_method, write_metrics
 from jmeta.core.types import Episode, MetaGradient, PyTree
 from jmeta.data.loader import episode_loader
 from jmeta.data.sources import DataUnavailable
@@ -341,9 +341,7 @@ def check_sizes(config: Config, sources: Mapping[str, model.Source]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    with configuration.track(configuration.parse(PRESETS, argv)) as config:
-        with started(config.out):
-            run(config)
+    command_line(PRESETS, run, argv)
 
 
 if __name__ == "__main__":

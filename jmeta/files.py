@@ -28,13 +28,15 @@ def write_atomically(
 ) -> Path:
     """Write a file whole or not at all: to a temporary file in the same folder, then renamed.
 
+    Below a folder that ``leave_to_others`` named nothing is written.
+
     Args:
       path: The file to write; missing parent folders are made.
       content: Text (written as UTF-8, newlines kept), bytes, or a function that writes to the open
         binary file it is given.
 
     Returns:
-      The path written.
+      The path.
 
     Example:
       >>> import tempfile
