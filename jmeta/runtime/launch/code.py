@@ -60,11 +60,16 @@ def check_out(out: Path, resume: bool) -> None:
     Raises:
       LaunchError: the folder holds something and the run does not go on from it, or the reverse.
     """
-    filled = out.is_dir() and any(out.iterdir())
+    filled = is_filled(out)
     if filled and not resume:
         raise LaunchError(f"{out} holds a run already: choose another --out, or --resume it")
     if resume and not filled:
         raise LaunchError(f"there is no run in {out} to --resume")
+
+
+def is_filled(out: Path) -> bool:
+    """Whether a folder holds something."""
+    return out.is_dir() and any(out.iterdir())
 
 
 def pack(out: Path, file: Path) -> Step:

@@ -148,22 +148,37 @@ def _filled(
     pod: Mapping[str, Any],
     container: Mapping[str, Any],
 ) -> dict[str, Any]:
-    spec = template["spec"]
-    (replicated,) = spec["replicatedJobs"]
-    job_spec = replicated["template"]["spec"]
-    pod_spec = job_spec["template"]["spec"]
-    (box,) = pod_spec["containers"]
-    filled_pod = {**pod_spec, **pod, "containers": [{**box, **container}]}
-    filled_job = {**job_spec, **job, "template": {"spec": filled_pod}}
+    made = _pod_of(template)
+    (box,) = made["spec"]["containers"]
+    inside = {**_merged(made["spec"], pod), "containers": [_merged(box, container)]}
+    (jobs,) = template["spec"]["replicatedJobs"]
+    job_spec = {**_merged(jobs["template"]["spec"], job), "template": {**made, "spec": inside}}
+    added = {
+        "failurePolicy": {"maxRestarts": restarts},
+        "replicatedJobs": [{**jobs, "template": {**jobs["template"], "spec": job_spec}}],
+    }
     return {
         **template,
-        "metadata": {**template["metadata"], **metadata},
-        "spec": {
-            **spec,
-            "failurePolicy": {"maxRestarts": restarts},
-            "replicatedJobs": [{**replicated, "template": {"spec": filled_job}}],
-        },
+        "metadata": _merged(template["metadata"], metadata),
+        "spec": {**template["spec"], **added},
     }
+
+
+def _pod_of(template: Mapping[str, Any]) -> Mapping[str, Any]:
+    (replicated,) = template["spec"]["replicatedJobs"]
+    return replicated["template"]["spec"]["template"]
+
+
+def _merged(base: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, Any]:
+    """Both: lists one after the other, dicts key by key; what the template's user wrote stays."""
+    found = dict(base)
+    for key, value in added.items():
+        there = found.get(key)
+        if isinstance(there, Mapping) and isinstance(value, Mapping):
+            found[key] = _merged(there, value)
+        else:
+            found[key] = [*there, *value] if isinstance(there, list) else value
+    return found
 
 
 def _nodes(config: Kubernetes) -> int:
@@ -211,13 +226,21 @@ def _volume(config: KubernetesPlace) -> dict[str, Any]:
     return {"name": "runs", "persistentVolumeClaim": {"claimName": config.claim}}
 
 
-def helper(config: KubernetesPlace) -> dict[str, Any]:
-    """A pod that mounts the claim and waits, so that files can be copied to and from it."""
+def helper(config: KubernetesPlace, template: Mapping[str, Any]) -> dict[str, Any]:
+    """A pod that mounts the claim and waits, so that files can be copied to and from it.
+
+    Args:
+      config: the launch.
+      template: of the JobSet, whose annotations and service account a claim may ask for.
+    """
+    pod = _pod_of(template)
+    asked = ("serviceAccountName", "imagePullSecrets", "tolerations")
     return {
         "apiVersion": "v1",
         "kind": "Pod",
-        "metadata": {"name": f"{config.name}-files"},
+        "metadata": {**pod.get("metadata", {}), "name": f"{config.name}-files"},
         "spec": {
+            **{key: pod["spec"][key] for key in asked if key in pod["spec"]},
             "restartPolicy": "Never",
             "activeDeadlineSeconds": 3600,  # should the launcher be killed
             "containers": [

@@ -93,7 +93,7 @@ def commands(
     look = _kubectl(
         config, "exec", pod_name, "--", "sh", "-c", f"ls -A {RUNS}/{config.name} | head -n 1"
     )
-    packed, helper_file = stage / "code.tar.gz", Write(pod, _yaml(helper(config)))
+    packed, helper_file = stage / "code.tar.gz", Write(pod, _yaml(helper(config, _load(template))))
     lines = "".join(f"{name}={value}\n" for name, value in given.private.items())
     return Commands(
         stage=(

@@ -20,6 +20,7 @@ from jmeta.runtime.launch.inputs import (
     exports,
 )
 from jmeta.runtime.launch.steps import LaunchError, Step, Write
+from jmeta.runtime.launch.storage import Storage, require_shared, storage
 
 # cloud.google.com/tpu/docs/runtimes: the software version for JAX of each generation.
 _VERSIONS = (
@@ -66,6 +67,9 @@ class TpuVm(TpuVmPlace):
     """TPU software version; by default the one for JAX on this type."""
     spot: bool = False
     """A spot VM: cheaper, and preempted when someone else needs it."""
+    storage: str | None = None
+    """What several workers share, and the run directory is on: gs://BUCKET/FOLDER, a bucket with
+    a hierarchical namespace, or nfs://HOST/SHARE."""
     wait: float = 3600.0
     """Seconds until the VM must be ready; a queued one may need days."""
     restarts: int = 10
@@ -73,11 +77,12 @@ class TpuVm(TpuVmPlace):
     delete: Literal["always", "success", "never"] = "always"
     """When to delete a VM that this launch created: at the end, only after success, never."""
     sync: float = 300.0
-    """Seconds between two copies of the run directory; what a preemption can cost."""
+    """Seconds between two copies of the run directory, which --storage makes needless; what a
+    preemption can cost."""
     detach: bool = False
     """Leave as soon as the run has begun; `follow` comes back to it."""
     resume: bool = False
-    """Go on from the run directory in --out."""
+    """Go on from the run directory on --storage or, if there is none, in --out."""
     revision: str | None = None
     """Commit whose files are shipped; by default HEAD, if nothing differs from it."""
     env: tuple[str, ...] = ()
@@ -93,7 +98,9 @@ class Commands(NamedTuple):
       queue: describes the queued resource; None without one.
       stage: what is made here before anything is shipped.
       prepare, ship, install: files and packages on all workers.
-      restore: ships the run directory, on all workers.
+      mount: makes the run directory one on shared storage, on all workers; None without it.
+      look: the first file of that run directory, if there is any; None without it.
+      restore: ships the run directory, on all workers or to the storage.
       start, resume: the command, detached, on all workers.
       status: one line for each worker.
       pack, bring, place: the run directory of worker 0, to here.
@@ -109,6 +116,8 @@ class Commands(NamedTuple):
     prepare: Step
     ship: Step
     install: Step
+    mount: Step | None
+    look: Step | None
     restore: tuple[Step, ...]
     start: Step
     resume: Step
@@ -156,12 +165,15 @@ def commands(
     if config.project is not None:
         check_word(config.project, "--project", "a-z0-9.:-")
     given = environment(config.env, config.env_file)
+    shared = shared_of(config)
     if config.type:
         command = check_command(command, given.secrets)
+        require_shared(config.type, shared)
     stage, remote = code.staging(check_path(out_of(config))), folder(config)
     run = "run.tar.gz"
     part = (stage / f"{run}.part").as_posix()
     arguments = shlex.join([*command, "--out", "../run"])
+    first = "all" if shared is None else "0"
     variables = exports({**given.public, **given.private})
     files = [stage / "code.tar.gz", stage / "worker.sh", stage / "env.sh"]
     found = Commands(
@@ -184,9 +196,13 @@ def commands(
         ),
         ship=_scp(config, "all", [*map(Path.as_posix, files)], f"{config.name}:{remote}/"),
         install=_ssh(config, "all", "install", timeout=3600.0),
+        mount=None if shared is None else _ssh(
+            config, "all", f"mount {shlex.join([shared.source, shared.folder])}", timeout=1800.0
+        ),
+        look=None if shared is None else _ssh(config, "0", "look"),
         restore=(
-            _scp(config, "all", [(stage / run).as_posix()], f"{config.name}:{remote}/"),
-            _ssh(config, "all", "unpack"),
+            _scp(config, first, [(stage / run).as_posix()], f"{config.name}:{remote}/"),
+            _ssh(config, first, "unpack"),
         ),
         start=_ssh(config, "all", f"start {arguments}"),
         resume=_ssh(config, "all", f"start {arguments} --resume"),
@@ -206,6 +222,15 @@ def commands(
         stop=_ssh(config, "all", "stop", timeout=120.0),
     )  # fmt: skip
     return found, given.secrets
+
+
+def shared_of(config: TpuVm) -> Storage | None:
+    """Where the run directory lies that all workers see, if they share one.
+
+    Raises:
+      LaunchError: --storage is none.
+    """
+    return None if config.storage is None else storage(config.storage, config.name)
 
 
 def folder(config: TpuVmPlace) -> str:

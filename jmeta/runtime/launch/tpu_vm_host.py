@@ -136,6 +136,13 @@ def remote(h: Host, step: Step, worth: Callable[[CommandError], bool] | None = N
         ) from error
 
 
+def said_there(error: CommandError) -> str | None:
+    """What the script on the first worker that failed says of it, if it came to run."""
+    mark = "worker.sh: "
+    lines = [line for line in error.stderr.splitlines() if line.startswith(mark)]
+    return lines[0].removeprefix(mark).strip() if lines else None
+
+
 def always(error: CommandError) -> bool:
     """For `remote`: looking does no harm, whatever went wrong."""
     del error
@@ -143,6 +150,8 @@ def always(error: CommandError) -> bool:
 
 
 def _is_connection(error: CommandError) -> bool:
+    if said_there(error) is not None:
+        return False  # what it could not reach is another machine
     signs = ("return code [255]", "connection refused", "connection timed out", "connection reset")
     # A machine that is switched off does not refuse: its connections hang.
     return error.status in (255, steps.TIMED_OUT) or any(

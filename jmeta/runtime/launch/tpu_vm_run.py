@@ -25,6 +25,7 @@ from jmeta.runtime.launch.tpu_vm_host import (
     vm_state,
     why,
 )
+from jmeta.runtime.launch.tpu_vm_ship import mount, ship
 
 _QUEUE_FAILED = ("FAILED", "SUSPENDING", "SUSPENDED", "DELETING")
 _DELETE_ATTEMPTS = 3
@@ -44,16 +45,17 @@ def launch(h: Host) -> None:
       LaunchError: it did not succeed. What was created is deleted by then, or the message says so.
       Interrupted: the user ended it; the same holds.
     """
-    config, out = h.config, tpu_vm.out_of(h.config)
+    config, out, shared = h.config, tpu_vm.out_of(h.config), tpu_vm.shared_of(h.config)
     code.check_checkout(config.revision)
-    code.check_out(out, config.resume)
+    if not (shared and config.resume):  # whose run may be there alone
+        code.check_out(out, config.resume)
     stage = code.staging(out)
     created = shipped = begun = success = False
     with private(stage / "env.sh"), signals.interrupts(h.say) as hold:
         try:
             for step in h.commands.stage:
                 steps.write(step) if isinstance(step, Write) else h.run(step)
-            if config.resume:
+            if config.resume and code.is_filled(out):
                 h.run(code.pack(out, stage / "run.tar.gz"))
             else:
                 (stage / "run.tar.gz").unlink(missing_ok=True)
@@ -65,7 +67,9 @@ def launch(h: Host) -> None:
                         _create(h, patient=attempt > 0)
                     _wait_until_ready(h)
                     shipped = True
-                    _ship(h, config.resume or attempt > 0)
+                    ship(h, config.resume or attempt > 0)
+                    if shared is not None:
+                        mount(h, shared, begun)
                     begun = True
                     remote(h, h.commands.resume if config.resume or attempt else h.commands.start)
                     h.say("the run has begun")
@@ -132,19 +136,23 @@ def _stopped(h: Host) -> Host:
 
 
 def _finish(h: Host, begun: bool, created: bool, success: bool) -> None:
-    config = h.config
+    config, shared, lost = h.config, tpu_vm.shared_of(h.config), None
     if begun:
         try:
             _fetch(h)
         except LaunchError as error:
-            if success:
+            if success and shared is None:
                 h.say(f"the VM is kept: its run could not be brought back ({error})")
                 raise
-            h.say(f"nothing newer was brought back ({error})")
+            stays = "" if shared is None else f"; the run is in {shared.name}"
+            h.say(f"nothing newer was brought back ({error}){stays}")
+            lost = error if success else None
     if created and (config.delete == "always" or (config.delete == "success" and success)):
         _delete(h)
     elif created:
         h.say(f"{config.name} is kept, and costs; to delete it: {_line(h.commands.delete)}")
+    if lost is not None:
+        raise lost
 
 
 def _line(step: Step) -> str:
@@ -210,18 +218,6 @@ def _wait(
     )
 
 
-def _ship(h: Host, resume: bool) -> None:
-    c = h.commands
-    h.say(f"shipping the code to {h.config.name}")
-    remote(h, c.prepare)
-    remote(h, c.ship)
-    h.say("installing it")
-    remote(h, c.install)
-    if resume and (code.staging(tpu_vm.out_of(h.config)) / "run.tar.gz").exists():
-        for step in c.restore:
-            remote(h, step)
-
-
 def _follow(h: Host) -> None:
     """Show the log and copy the run until every worker has ended.
 
@@ -240,7 +236,7 @@ def _follow(h: Host) -> None:
             _fail(h, *failed[0])
         if ended:
             return
-        if time.monotonic() - copied >= h.config.sync:
+        if h.commands.mount is None and time.monotonic() - copied >= h.config.sync:
             try:
                 _bring(h)
             except LaunchError as error:

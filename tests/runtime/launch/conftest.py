@@ -33,9 +33,12 @@ def world(repo, tmp_path, monkeypatch, capsys):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
 
-    for name in ("gcloud", "kubectl", "sbatch", "squeue", "scancel", "scontrol", "srun"):
+    here = ("gcloud", "kubectl", "sbatch", "squeue", "scancel", "scontrol", "srun")
+    there = ("gcsfuse", "sudo", "mountpoint", "mount.nfs", "curl", "lsb_release")
+    for folder, name in [(programs, name) for name in here] + [(remote, name) for name in there]:
         line = f'exec {sys.executable} -I -S {shlex.quote(str(FAKES))} {name} "$@"'
-        install(programs, name, f"#!/bin/sh\n{line}\n")
+        install(folder, name, f"#!/bin/sh\n{line}\n")
+    (tmp_path / "fake" / "buckets" / "mine").mkdir(parents=True)
     install(programs, "python", PYTHON)
     install(remote, "python3.13", PYTHON)
     install(remote, "hostname", '#!/bin/sh\necho "host-${HOME##*/}"\n')

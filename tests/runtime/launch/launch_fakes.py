@@ -1,7 +1,8 @@
 """Fake gcloud, kubectl, sbatch, squeue, scancel, scontrol and srun, run as `fakes.py PROGRAM ...`.
 
 They record each call as a line of JSON, keep what they created in files below $FAKE, and fail on
-cue. The fake TPU VM is a folder for each worker, in which remote commands really run, in bash.
+cue. The fake TPU VM is a folder for each worker, in which remote commands really run, in bash;
+there gcsfuse, sudo and mountpoint are fakes too, and what is mounted is a link to a folder.
 """
 
 # Started a dozen times in a test: nothing is imported that starts slowly, not even json.
@@ -10,7 +11,6 @@ import sys
 import time
 
 HERE = os.environ["FAKE"]
-WORKERS = 2
 
 
 def at(*parts):
@@ -27,9 +27,10 @@ def load(name, default=None):
 
 
 def save(name, value):
-    with open(at(name + ".part"), "w") as file:
+    part = at(f"{name}.{os.getpid()}")  # two workers may save at once
+    with open(part, "w") as file:
         file.write(repr(value))
-    os.replace(at(name + ".part"), at(name))
+    os.replace(part, at(name))
 
 
 def as_json(value):
@@ -106,7 +107,8 @@ def gcloud(argv):
     if verb == "create":
         if vm:
             fail("ERROR: (gcloud) ALREADY_EXISTS: it exists")
-        for worker in range(WORKERS):
+        kind = flag(argv, "accelerator-type")
+        for worker in range(2 if kind.endswith("-16") else 1):
             os.makedirs(at(f"w{worker}"), exist_ok=True)
         save("vm", {"name": argv[4], "state": load("first_state", "READY")})
     elif verb == "describe":
@@ -124,7 +126,7 @@ def gcloud(argv):
     elif verb == "ssh":
         which, out = flag(argv, "worker"), flag(argv, "output-directory")
         path, children = at("remote") + ":/usr/bin:/bin", []
-        for worker in range(WORKERS) if which == "all" else [int(which)]:
+        for worker in range(len(workers())) if which == "all" else [int(which)]:
             child = os.fork()
             if child == 0:
                 os.setsid()  # another machine: signals of the launcher's do not reach it
@@ -140,7 +142,7 @@ def gcloud(argv):
     elif verb == "scp":
         *sources, target = [word for word in argv[4:] if not word.startswith("--")]
         which = flag(argv, "worker")
-        for worker in range(WORKERS) if which == "all" else [int(which)]:
+        for worker in range(len(workers())) if which == "all" else [int(which)]:
             for source in sources:
                 with open(local(source, worker), "rb") as file:
                     content = file.read()
@@ -156,6 +158,54 @@ def copied(target, source):
 def local(path, worker):
     _, colon, rest = path.partition(":")
     return at(f"w{worker}", rest) if colon else path
+
+
+def gcsfuse(argv):
+    if argv == ["--version"]:
+        print(f"gcsfuse version {load('gcsfuse_version', '3.4.0')} (Go version go1.24.5)")
+        return
+    *_, bucket, folder = argv
+    if not os.path.isdir(at("buckets", bucket)):
+        fail(f"Error: daemonize.Run: bucket {bucket} doesn't exist")
+    attach(at("buckets", bucket), folder)
+
+
+def attach(source, folder):
+    os.makedirs(source, exist_ok=True)
+    os.rmdir(folder)
+    os.symlink(source, folder)
+
+
+def mountpoint(argv):
+    sys.exit(not os.path.islink(argv[-1]))
+
+
+def lsb_release(argv):
+    print("jammy")
+
+
+def curl(argv):
+    print("a key")
+
+
+def sudo(argv):
+    while "=" in argv[0]:
+        argv = argv[1:]
+    name = argv[0]
+    if name == "tee":
+        with open(at("etc-" + os.path.basename(argv[1])), "w") as file:
+            file.write(sys.stdin.read())
+    elif name == "apt-get" and argv[-2:] == ["install", "gcsfuse"]:
+        os.remove(at("gcsfuse_version"))
+    elif name == "mount":
+        *_, source, folder = argv
+        attach(at("shares", source.replace("/", "_")), folder)
+    elif name == "umount":
+        if not os.path.islink(argv[-1]):
+            fail("umount: not mounted", 32)
+        os.remove(argv[-1])
+    elif name != "apt-get":
+        fail(f"sudo: {name}: a password is required")
 
 
 def start_job(script, restarts):

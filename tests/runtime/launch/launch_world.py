@@ -15,7 +15,9 @@ FAKES = pathlib.Path(__file__).with_name("launch_fakes.py")
 GOLDEN = pathlib.Path(__file__).with_name("golden")
 SECRET = "s3cr3t-value-of-a-token"
 COMMAND = ["--", "experiments.reviews", "--preset", "full"]
-TPU = ["tpu-vm", "--name", "n", "--zone", "us-west4-a", "--type", "v5litepod-16"]
+PLACE = ["tpu-vm", "--name", "n", "--zone", "us-west4-a"]
+TPU = [*PLACE, "--type", "v5litepod-8"]  # one worker
+POD = [*PLACE, "--type", "v5litepod-16", "--storage", "gs://mine/runs"]  # four, here two
 SLURM = ["slurm", "--name", "n", "--python", "python"]
 K8S = ["kubernetes", "--name", "n", "--claim", "runs", "--image", "registry/jmeta:1"]
 SKY = ["skypilot", "--name", "n", "--bucket", "gs://mine", "--accelerators", "tpu-v5litepod-16"]
@@ -64,6 +66,10 @@ class World(NamedTuple):
 
     def cue(self, *cues):
         (self.fake / "cues").write_text(repr(list(cues)))
+
+    def stored(self):
+        """The run directory on the storage of POD."""
+        return self.fake / "buckets" / "mine" / "runs" / "n"
 
     def state(self, **values):
         for name, value in values.items():

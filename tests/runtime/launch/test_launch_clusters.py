@@ -323,6 +323,30 @@ def test_the_jobset_has_the_fields_that_the_cluster_reads():
     assert job["template"]["spec"]["completions"] == 2
 
 
+def test_what_the_template_says_of_pods_stays_beside_what_a_run_adds():
+    template = yaml.safe_load(cli.template("jobset.yaml"))
+    (job,) = template["spec"]["replicatedJobs"]
+    pod = job["template"]["spec"]["template"]
+    pod["metadata"] = {"annotations": {"gke-gcsfuse/volumes": "true"}}
+    mine = {"key": "mine", "operator": "Exists"}
+    more = {"serviceAccountName": "trainer", "volumes": [{"name": "data"}], "tolerations": [mine]}
+    pod["spec"] |= more | {"nodeSelector": {"disk": "ssd"}}
+    pod["spec"]["containers"][0]["volumeMounts"] = [{"name": "data", "mountPath": "/data"}]
+    config = kubernetes.Kubernetes(name="n", claim="c", image="i", selector=("a=b",), spot=True)
+    made = kubernetes.jobset(config, ["m"], False, template)
+    found = made["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+    assert found["metadata"] == pod["metadata"]
+    spec = found["spec"]
+    assert [volume["name"] for volume in spec["volumes"]] == ["data", "runs"]
+    assert [mount["name"] for mount in spec["containers"][0]["volumeMounts"]] == ["data", "runs"]
+    assert spec["nodeSelector"] == {"disk": "ssd", "cloud.google.com/gke-spot": "true", "a": "b"}
+    assert [each["key"] for each in spec["tolerations"]] == ["mine", "cloud.google.com/gke-spot"]
+    # A claim may need them of every pod that mounts it: the one that copies files too.
+    helper = kubernetes.helper(config, template)
+    assert helper["metadata"] == pod["metadata"] | {"name": "n-files"}
+    assert helper["spec"]["serviceAccountName"] == "trainer"
+
+
 @pytest.mark.parametrize("wrong", [
     {"tpu": "t"}, {"topology": "4x4"}, {"tpu": "t", "topology": "4x4", "nodes": 3},
     {"tpu": "t", "topology": "four"}, {"tpu": "t", "topology": "3x3"}, {"nodes": 0},

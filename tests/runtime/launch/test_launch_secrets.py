@@ -4,6 +4,7 @@ import pytest
 from launch_world import (
     COMMAND,
     HOSTILE,
+    PLACE,
     SECRET,
     TPU,
     assert_failed,
@@ -23,6 +24,13 @@ BAD = {
     "option as name": (["--name=--help"], COMMAND, "--name"),
     "zone": (["--zone", "$(id)"], COMMAND, "--zone"),
     "type": (["--type", "v5litepod-16 --spot"], COMMAND, "--type"),
+    "several workers": (["--type", "v6e-32"], COMMAND, "has 8 workers"),
+    "storage": (["--storage", "s3://mine"], COMMAND, "must be gs://BUCKET/FOLDER or nfs://"),
+    "storage that leaves": (["--storage", "gs://mine/../a"], COMMAND, "--storage"),
+    "storage as option": (["--storage", "gs://mine/--help"], COMMAND, "--storage"),
+    "storage as shell": (["--storage", "gs://mine/$(id)"], COMMAND, "--storage"),
+    "share as shell": (["--storage", "nfs://host;id/a"], COMMAND, "--storage"),
+    "no share": (["--storage", "nfs://host"], COMMAND, "--storage"),
     "unknown type": (["--type", "v9-8"], COMMAND, "--version"),
     "project": (["--project", "a b"], COMMAND, "--project"),
     "out": (["--out", "host:path"], COMMAND, "--out"),
@@ -82,7 +90,7 @@ def test_all_that_the_file_holds_is_kept_out_of_sight_and_later_too(world, tmp_p
     argv = [*TPU, "--env-file", str(file)]
     world.program('echo "at $DATABASE"')
     assert world.run(argv, "--detach")[0] == 0
-    _, out, _ = world.run(["follow", *TPU[:-2], "--env-file", str(file)])
+    _, out, _ = world.run(["follow", *PLACE, "--env-file", str(file)])
     assert "at ***" in out
     for text in [out, *kept(world)]:
         assert SECRET not in text

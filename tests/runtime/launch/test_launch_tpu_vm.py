@@ -5,6 +5,8 @@ import subprocess
 
 import pytest
 from launch_world import (
+    PLACE,
+    POD,
     SAVES_AND_WAITS,
     TPU,
     assert_failed,
@@ -19,9 +21,11 @@ TAKEN = {"on": "ssh status", "after": "began", "from": 4, "to": 4, "state": "PRE
 
 
 def test_a_run_on_a_tpu_vm_from_nothing_to_nothing(world):
-    status, out, err = world.run(TPU)
+    status, out, err = world.run(POD)
     assert (status, err) == (0, "")
     assert (world.out / "ckpt").read_text() == "saved\n"
+    assert (world.stored() / "ckpt").read_text() == "saved\n"
+    assert [path.name for path in world.stored().iterdir()] == ["ckpt"]
     assert "token none\nbegan\n" in out
     logs = world.out.with_name("n.launch") / "logs"
     assert [(logs / f"{worker}.log").read_text() for worker in (0, 1)] == [
@@ -101,7 +105,7 @@ def test_a_start_whose_answer_is_lost_is_not_a_second_start(world, secrets):
     world.program('echo "$GREETING" >> "$FAKE/seen"')
     lost = {"stderr": "Connection reset by peer", "status": 255, "late": True, "to": 1}
     world.cue({"on": "--command=bash start", **lost})
-    assert world.run(TPU, *secrets)[0] == 0
+    assert world.run(POD, *secrets)[0] == 0
     assert len([call for call in world.calls("ssh") if "worker.sh start" in str(call)]) == 2
     assert (world.fake / "seen").read_text() == "hello world\n" * 2  # once on each worker
 
@@ -124,9 +128,9 @@ def test_a_network_that_stutters_does_not_end_a_run(world):
 
 FAILURES = {
     "quota": ("create", "ERROR: (gcloud) RESOURCE_EXHAUSTED: Quota limit 'TPUS' has been exceeded.",
-              "the quota for v5litepod-16 in us-west4-a is used up"),
+              "the quota for v5litepod-8 in us-west4-a is used up"),
     "stockout": ("create", 'ERROR: There is no more capacity in the zone "us-west4-a"',
-                 "there is no capacity for v5litepod-16"),
+                 "there is no capacity for v5litepod-8"),
     "login": ("describe", "You do not currently have an active account selected.",
               "gcloud auth login"),
     "permission": ("create", "ERROR: PERMISSION_DENIED: Permission 'tpu.nodes.create' denied",
@@ -158,8 +162,7 @@ def test_a_vm_that_is_never_ready(world):
 def test_a_launch_that_fails_before_the_start_leaves_no_variables_on_a_vm_that_stays(
     world, secrets
 ):
-    for worker in ("w0", "w1"):
-        (world.fake / worker).mkdir()
+    (world.fake / "w0").mkdir()
     world.state(vm={"state": "READY"})
     world.cue({"on": "install", "stderr": "ERROR: no matching distribution"})
     assert_failed(world, world.run(TPU, *secrets), "no matching distribution")
@@ -168,14 +171,14 @@ def test_a_launch_that_fails_before_the_start_leaves_no_variables_on_a_vm_that_s
 
 def test_a_worker_that_fails_ends_the_others(world):
     world.program('[ "${HOME##*/}" = w1 ] && exit 3; $WAIT')
-    result = world.run(TPU)
+    result = world.run(POD)
     assert_failed(world, result, "host-w1", "exit status 3")
     assert len(world.calls("delete")) == 1
 
 
 def test_a_worker_that_vanishes_is_noticed(world):
     world.program('[ "${HOME##*/}" = w1 ] && kill -9 0; $WAIT')
-    assert_failed(world, world.run(TPU), "vanished from worker host-w1")
+    assert_failed(world, world.run(POD), "vanished from worker host-w1")
 
 
 @pytest.mark.parametrize(
@@ -206,7 +209,6 @@ def test_a_vm_that_cannot_be_deleted_is_named(world):
 
 def test_a_vm_that_was_there_stays(world):
     (world.fake / "w0").mkdir()
-    (world.fake / "w1").mkdir()
     world.state(vm={"state": "READY"})
     assert world.run(TPU)[0] == 0
     assert world.calls("create") == world.calls("delete") == []
@@ -239,22 +241,21 @@ def test_a_detached_run_is_followed_fetched_and_deleted_later(world):
     world.program(
         'echo saved > "$out/ckpt"; echo began; until [ -e $FAKE/finish ]; do sleep 0.1; done'
     )
-    place = TPU[:-2]
-    assert world.run(TPU, "--detach")[0] == 0
+    assert world.run(POD, "--detach")[0] == 0
     assert processes(world)
     world.cue({"on": "ssh status", "to": 1, "signal": "SIGINT"})
-    status, _, err = world.run(["follow", *place])
+    status, _, err = world.run(["follow", *PLACE])
     assert status == 130
     assert "the run goes on" in err
     assert processes(world)
     (world.fake / "finish").touch()
-    status, out, _ = world.run(["follow", *place])
+    status, out, _ = world.run(["follow", *PLACE])
     assert status == 0
     assert "began" in out
     (world.out / "ckpt").unlink()
-    assert world.run(["fetch", *place])[0] == 0
+    assert world.run(["fetch", *PLACE])[0] == 0
     assert (world.out / "ckpt").read_text() == "saved\n"
-    assert world.run(["delete", *place])[0] == 0
+    assert world.run(["delete", *PLACE])[0] == 0
     assert not (world.fake / "vm").exists()
 
 

@@ -2,7 +2,7 @@
 gcloud compute tpus tpu-vm describe n --format=json --zone=us-west4-a --quiet
 
 # if it is not there: create it
-gcloud compute tpus tpu-vm create n --accelerator-type=v5litepod-16 --version=v2-alpha-tpuv5-lite --zone=us-west4-a --quiet
+gcloud compute tpus tpu-vm create n --accelerator-type=v5litepod-8 --version=v2-alpha-tpuv5-lite --zone=us-west4-a --quiet
 
 # every 15 s until it is READY, at most 3600 s
 gcloud compute tpus tpu-vm describe n --format=json --zone=us-west4-a --quiet

@@ -2,7 +2,7 @@
 gcloud compute tpus tpu-vm describe n --format=json --zone=us-west4-a --project=p --quiet
 
 # if it is not there: create it
-gcloud compute tpus queued-resources create n --node-id=n --accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite --spot --zone=us-west4-a --project=p --quiet
+gcloud compute tpus queued-resources create n --node-id=n --accelerator-type=v5litepod-8 --runtime-version=v2-alpha-tpuv5-lite --spot --zone=us-west4-a --project=p --quiet
 
 # every 15 s until the queued resource is ACTIVE
 gcloud compute tpus queued-resources describe n --format=json --zone=us-west4-a --project=p --quiet
