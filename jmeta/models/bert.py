@@ -301,6 +301,8 @@ def _check(config: BertConfig) -> None:
     }.items():
         if getattr(config, name) not in allowed:
             raise ValueError(f"{name}={getattr(config, name)!r}; choose one of {allowed}")
+    if config.kind == "distilbert" and config.types:
+        raise ValueError(f"DistilBERT has no segment embedding: types={config.types}, set types=0")
 
 
 def first_position(config: BertConfig) -> int:

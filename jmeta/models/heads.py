@@ -36,8 +36,62 @@ def unembed(flat: Array, table: Array) -> Array:
     )
 
 
+def chunked_logsumexp(flat: Array, table: Array, bias: Array | None, chunk: int) -> Array:
+    r"""``logsumexp`` of the scores of a whole vocabulary, of which one chunk exists at a time.
+
+    .. math:: \log \sum_v e^{h_i \cdot E_v + c_v}
+        = \log \sum_k \exp \log \sum_{v \in k} e^{h_i \cdot E_v + c_v}
+
+    Each chunk is recomputed for a backward pass, of any order, so no pass holds ``[n, vocab]``.
+
+    Args:
+        flat: the states ``[n, width]``.
+        table: the embedding, ``[vocab, width]``.
+        bias: ``[vocab]``, or None.
+        chunk: entries of the vocabulary at a time; the last chunk may be shorter.
+
+    Returns:
+        ``[n]``, at least float32.
+
+    Raises:
+        ValueError: a chunk without entries.
+
+    Example:
+        >>> states, table = jnp.ones((3, 2)), jnp.zeros((5, 2))
+        >>> round(float(chunked_logsumexp(states, table, None, 2)[0]), 4)  # log 5
+        1.6094
+    """
+    if chunk < 1:
+        raise ValueError(f"a vocabulary cannot be cut into chunks of {chunk}")
+
+    def of_chunk(flat: Array, part: tuple[Array, Array | None]) -> Array:
+        rows, constants = part
+        scores = unembed(flat, rows)
+        return logsumexp(
+            scores if constants is None else scores + constants.astype(scores.dtype)[None]
+        )
+
+    vocab = table.shape[0]
+    whole = vocab - vocab % chunk
+    parts = []
+    if whole:
+        cut = jax.tree.map(lambda x: x[:whole].reshape(-1, chunk, *x.shape[1:]), (table, bias))
+        # Inside a scan nothing can be merged with the forward pass, so no barrier is needed.
+        one = jax.checkpoint(of_chunk, prevent_cse=False)
+        parts.append(jax.lax.scan(lambda _, part: (None, one(flat, part)), None, cut)[1])
+    if whole < vocab:
+        rest = jax.tree.map(lambda x: x[whole:], (table, bias))
+        parts.append(jax.checkpoint(of_chunk)(flat, rest)[None])
+    return logsumexp(jnp.concatenate(parts).T)
+
+
 def token_loss(
-    states: Array, table: Array, rows: Array, weights: Array, bias: tuple[Array, Array] | None
+    states: Array,
+    table: Array,
+    rows: Array,
+    weights: Array,
+    bias: tuple[Array, Array] | None,
+    chunk: int | None = None,
 ) -> tuple[Array, Array]:
     r"""Weighted mean negative log-likelihood of target tokens under a tied decoder.
 
@@ -46,7 +100,8 @@ def token_loss(
             - c_{y_i}\right)}{\sum_i w_i}
 
     Nothing but the scores has ``[n, vocab]`` entries: a target's score is the product of the
-    state and its embedding row, never picked out of a log-softmax.
+    state and its embedding row, never picked out of a log-softmax. Where a target is a distribution
+    :math:`y` over the vocabulary, its row is :math:`y E`, and the loss the soft cross-entropy.
 
     Args:
         states: ``[..., width]``.
@@ -54,6 +109,7 @@ def token_loss(
         rows: the targets' rows of it, ``[..., width]``.
         weights: ``[...]``; if they sum to zero, so does the loss.
         bias: the decoder's ``c``, ``[vocab]``, and its entries at the targets, ``[...]``.
+        chunk: entries of the vocabulary that are scored at a time; None: all at once.
 
     Returns:
         The loss and the sum of the weights, both at least float32.
@@ -62,11 +118,14 @@ def token_loss(
     flat = states.reshape(-1, states.shape[-1])
     rows = rows.reshape(flat.shape).astype(states.dtype).astype(exact)
     picked = (flat.astype(exact) * rows).sum(-1)
-    scores = unembed(flat, table)
     if bias is not None:
-        scores = scores + bias[0].astype(exact)[None]
         picked = picked + bias[1].reshape(-1).astype(exact)
-    losses = logsumexp(scores) - picked
+    if chunk is not None:
+        partition = chunked_logsumexp(flat, table, None if bias is None else bias[0], chunk)
+    else:
+        scores = unembed(flat, table)
+        partition = logsumexp(scores if bias is None else scores + bias[0].astype(exact)[None])
+    losses = partition - picked
     counts = weights.reshape(-1).astype(exact)
     total = counts.sum()
     return (losses * counts).sum() / jnp.where(total == 0, 1, total), total
@@ -215,7 +274,7 @@ def targets(batch: Batch) -> tuple[Array, Array]:
 
     Args:
         batch: ``labels`` ``[..., time]`` int (below 0: none here; missing: the tokens), and
-            ``weights`` (missing: 1 where there is a label that is no padding).
+            ``weights`` (missing: 1); what has no label or is padding weighs nothing.
 
     Returns:
         ``labels`` and ``weights``, both ``[..., time]``.
@@ -228,7 +287,7 @@ def targets(batch: Batch) -> tuple[Array, Array]:
     if weights is None:
         weights = counts.astype(jnp.float32)
     else:
-        weights = jnp.where(labels >= 0, weights, jnp.zeros_like(weights))
+        weights = jnp.where(counts, weights, jnp.zeros_like(weights))
     return jnp.where(labels >= 0, labels, 0), weights
 
 

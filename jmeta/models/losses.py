@@ -47,6 +47,43 @@ def cross_entropy(logits: Array, labels: Array, mask: Array | None = None) -> Ar
     return _masked_mean(total - picked, mask)
 
 
+def soft_cross_entropy(logits: Array, target: Array, mask: Array | None = None) -> Array:
+    r"""Cross-entropy to target distributions, normalised by their mass.
+
+    .. math:: L = \frac{\sum_i m_i \sum_c y_{ic} (\log \sum_k e^{z_{ik}} - z_{ic})}
+        {\sum_i m_i \sum_c y_{ic}}
+
+    Args:
+        logits: ``[..., classes]``, accumulated in at least float32.
+        target: ``[..., classes]``, non-negative; one-hot targets give ``cross_entropy``.
+        mask: ``[...]``, 1 counts and 0 is padding; None: everything counts. If no mass is left,
+            the loss is zero.
+
+    Returns:
+        A scalar of at least float32, in nats.
+
+    Raises:
+        ValueError: shapes disagree.
+
+    Example:
+        >>> print(soft_cross_entropy(jnp.zeros((1, 4)), jnp.array([[0.5, 0.5, 0, 0]])).round(4))
+        1.3863
+    """
+    _same("target", target, "logits", logits.shape)
+    scores = logits.astype(_accumulate(logits.dtype))
+    target = target.astype(scores.dtype)
+    if mask is not None:
+        _same("mask", mask, "logits without their last axis", logits.shape[:-1])
+        # where: a pad may hold inf or NaN, and 0 * inf is NaN.
+        kept = (mask != 0)[..., None]
+        target = jnp.where(kept, target * mask.astype(scores.dtype)[..., None], 0)
+        scores = jnp.where(kept, scores, 0)
+    shift = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+    total = jnp.log(jnp.exp(scores - shift).sum(-1, keepdims=True)) + shift
+    mass = target.sum()
+    return (target * (total - scores)).sum() / jnp.where(mass == 0, 1, mass)
+
+
 def accuracy(logits: Array, labels: Array, mask: Array | None = None) -> Array:
     """Fraction of labels that are the argmax of their logits; the first of equal logits wins.
 

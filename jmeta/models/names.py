@@ -23,6 +23,11 @@ _SUFFIX: dict[Head, str] = {
     "spans": "ForQuestionAnswering",
 }
 _PREFIX = {"bert": "bert.", "roberta": "roberta.", "distilbert": "distilbert."}
+_COUNTS = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+    "max_position_embeddings", "dim", "n_layers", "n_heads", "hidden_dim", "n_embd", "n_layer",
+    "n_head", "n_positions", "num_labels",
+)  # fmt: skip
 _GELU = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 
 
@@ -132,8 +137,8 @@ def head_tensors(config: Config) -> list[Tensor]:
 
 
 def pooler(config: Config) -> list[Tensor]:
-    """BERT's pooler, which a checkpoint without a head may hold and which nothing here uses."""
-    if kind(config) != "bert" or config.head is not None:
+    """The pooler that BERT's and RoBERTa's body may hold without a head; nothing here uses it."""
+    if kind(config) not in ("bert", "roberta") or config.head is not None:
         return []
     return _linear("pooler", "pooler.dense")
 
@@ -212,6 +217,9 @@ def read_settings(
         raise ValueError(
             "config.json has tie_word_embeddings=False; jmeta's decoder is the transposed embedding"
         )
+    for name in _COUNTS:
+        if type(value := settings.get(name, 1)) is not int or value < 1:
+            raise ValueError(f"config.json has {name}={value!r}, which is no number above 0")
     named = settings.get("id2label")
     labels = settings.get("num_labels", 2 if named is None else len(named))
     read = {"gpt2": _read_gpt2, "distilbert": _read_distilbert}.get(model, _read_bert)
@@ -258,6 +266,8 @@ def write_settings(config: Config) -> dict[str, Any]:
             "layer_norm_epsilon": config.eps,
         }
     activation = "gelu" if config.gelu == "exact" else "gelu_new"
+    if model != "distilbert" and not config.types:
+        raise ValueError(f"a checkpoint of {model} has a segment embedding; the config has types=0")
     if model == "distilbert":
         if config.eps != 1e-12:
             raise ValueError(f"DistilBERT normalises with eps=1e-12, the config has {config.eps}")
@@ -309,6 +319,10 @@ def _activation(name: str) -> Any:
 def _read_bert(settings: Mapping[str, Any], head: Any, labels: int) -> bert.BertConfig:
     model = settings["model_type"]
     pad = settings.get("pad_token_id", 1 if model == "roberta" else 0)
+    if pad is None:
+        if model == "roberta":
+            raise ValueError("config.json has no pad_token_id, from which RoBERTa counts positions")
+        pad = 0
     dropout = settings.get("hidden_dropout_prob", 0.1)
     last = settings.get("classifier_dropout")
     return bert.BertConfig(
@@ -323,7 +337,7 @@ def _read_bert(settings: Mapping[str, Any], head: Any, labels: int) -> bert.Bert
         types=settings.get("type_vocab_size", 2),
         head=head,
         labels=labels,
-        pad_id=0 if pad is None else pad,
+        pad_id=pad,
         dropout=dropout,
         attention_dropout=settings.get("attention_probs_dropout_prob", 0.1),
         head_dropout=dropout if last is None else last,

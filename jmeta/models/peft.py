@@ -21,7 +21,7 @@ from jmeta.files import write_atomically
 from jmeta.models import lora, names, tensorfile
 from jmeta.models.names import Config, Tensor
 from jmeta.models.partial import put
-from jmeta.models.pretrained import local_folder, model
+from jmeta.models.pretrained import json_object, local_folder, model
 from jmeta.models.tensorfile import Lazy, Stored
 
 Params = dict[str, Any]
@@ -36,9 +36,12 @@ _TASKS = {
 }
 # What changes the mathematics and has no counterpart here.
 _REFUSED = (
-    "use_dora", "rank_pattern", "alpha_pattern", "layers_pattern", "trainable_token_indices",
-    "target_parameters", "lora_bias", "use_qalora", "alora_invocation_tokens",
+    "use_dora", "rank_pattern", "alpha_pattern", "layers_pattern", "layers_to_transform",
+    "trainable_token_indices", "target_parameters", "lora_bias", "use_qalora", "use_bdlora",
+    "alora_invocation_tokens",
 )  # fmt: skip
+# Any other way to begin changes the model too, so that the factors alone would not do.
+_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 class Adapter(NamedTuple):
@@ -73,15 +76,16 @@ def write(
         config: the model.
         factors: as ``lora.init`` makes them.
         scale: what their product is multiplied by; written as ``lora_alpha = scale * r``.
-        head: the head, if it was trained too. Of BERT's, the pooler belongs to the body, which
-            PEFT does not save: freeze it, or write the whole model with ``to_pretrained``.
+        head: the head, if it was trained too. Of BERT's, the pooler (``dense``) belongs to the
+            body, which PEFT does not save: freeze it, and leave it out here.
         base: name or folder of the model that is adapted, for PEFT to find it.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: factors of several ranks, or of a layer that a checkpoint does not have.
+        ValueError: factors of several ranks, or of a layer that a checkpoint does not have; a leaf
+            of the head that is missing, or that PEFT would not save.
 
     Example:
         >>> import tempfile
@@ -111,6 +115,11 @@ def write(
                 tensors[f"{_BEFORE}{module.format(i)}.{name}.weight"] = _transposed(pair[factor], i)
     saved = _head_tensors(config) if head else []
     held = {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path({"head": head or {}})}
+    if left := sorted(set(held) - {tensor.path for tensor in saved}):
+        raise ValueError(
+            f"PEFT does not save {', '.join(left)} with the head of a {names.kind(config)}: where "
+            "that is trained, write the whole model with to_pretrained; else leave it out of head="
+        )
     for tensor in saved:
         leaf = held.get(tensor.path)
         if leaf is None:
@@ -153,13 +162,14 @@ def read(source: str | os.PathLike[str], config: Config, *, dtype: Any = None) -
         ValueError: another kind of adapter, a tensor that is missing or misshapen, or one that
             belongs nowhere; the message names it.
     """
-    folder = local_folder(source, [SETTINGS, WEIGHTS])
-    for name in (SETTINGS, WEIGHTS):
-        if not (folder / name).exists():
+    needed = [SETTINGS, WEIGHTS]
+    folder = local_folder(source, needed, lambda at: all((at / name).is_file() for name in needed))
+    for name in needed:
+        if not (folder / name).is_file():
             pickle = (folder / "adapter_model.bin").exists() and name == WEIGHTS
             hint = "; the pickle adapter_model.bin is not opened, save it again with PEFT"
             raise FileNotFoundError(f"{folder} holds no {name}{hint if pickle else ''}")
-    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    settings = json_object(folder / SETTINGS)
     scale = _scale(settings)
     before = _BEFORE + (names.prefix(config) if config.head is not None else "")
     files = {
@@ -176,7 +186,7 @@ def read(source: str | os.PathLike[str], config: Config, *, dtype: Any = None) -
         if not any(name.startswith(f"{module.format(0)}.lora_A") for name in files):
             continue
         rows, columns = shapes[tensor.path]
-        rank = int(settings["r"])
+        rank = settings["r"]
         for factor, name, shape in (
             ("a", "lora_A", (rank, rows)),
             ("b", "lora_B", (columns, rank)),
@@ -213,7 +223,17 @@ def _scale(settings: Mapping[str, Any]) -> float:
     for name in _REFUSED:
         if settings.get(name):
             raise ValueError(f"{SETTINGS} has {name}={settings[name]!r}, which jmeta does not do")
-    rank = settings["r"]
+    if (begun := settings.get("init_lora_weights")) not in _BEGINNINGS:
+        raise ValueError(
+            f"{SETTINGS} has init_lora_weights={begun!r}, which changes the model's own weights; "
+            "PEFT's save_pretrained(path_initial_model_for_weight_conversion=...) makes a plain "
+            "adapter of it"
+        )
+    rank = settings.get("r")
+    if type(rank) is not int or rank < 1 or not isinstance(settings.get("lora_alpha"), int | float):
+        raise ValueError(
+            f"{SETTINGS} has r={rank!r} and lora_alpha={settings.get('lora_alpha')!r}, no numbers"
+        )
     return settings["lora_alpha"] / (rank**0.5 if settings.get("use_rslora") else rank)
 
 

@@ -5,6 +5,8 @@ Tensors are read one by one, straight into stacked arrays of the dtype and shard
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -27,6 +29,7 @@ Params = dict[str, Any]
 Shardings: TypeAlias = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], Any] | None
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_FLOATING = ("float64", "float32", "float16", "bfloat16")
 
 
 class Pretrained(NamedTuple):
@@ -93,6 +96,7 @@ def from_pretrained(
         FileNotFoundError: there is no such folder and no way to download, or a file is missing.
         ValueError: only pickles are there, the architecture is unknown, a file is truncated, or a
             tensor is missing, misshapen or unexpected; the message names it.
+        TypeError: ``dtype`` is no floating dtype.
 
     Example:
         >>> import tempfile
@@ -103,10 +107,15 @@ def from_pretrained(
         >>> again.config == config, bool((again.params["ln_f"]["scale"] == 1).all())
         (True, True)
     """
-    folder = local_folder(source, ["config.json", "*.safetensors", INDEX])
-    settings = _json(folder / "config.json")
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype={jnp.dtype(dtype)}: parameters are floating-point numbers")
+    folder = local_folder(source, ["config.json", "*.safetensors", INDEX], _whole)
+    settings = json_object(folder / "config.json")
     config = names.read_settings(settings, head)
-    config = config if labels is None else config._replace(labels=labels)
+    if labels is not None:
+        if labels < 1:
+            raise ValueError(f"labels={labels} is below 1")
+        config = config._replace(labels=labels)
     files = _files(folder, config)
     shapes = jax.eval_shape(lambda: model(config).init(config, jax.random.key(0)))
     leaves = dict(_named(shapes))
@@ -174,7 +183,8 @@ def to_pretrained(
     dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
     if len(dtypes) == 1:
         decided["dtype"] = dtypes.pop()
-    kept.pop("torch_dtype", None)
+    for name in ("torch_dtype", "dtype"):  # that of another time may be a narrower one
+        kept.pop(name, None)
     text = json.dumps({**kept, **decided}, indent=2, sort_keys=True) + "\n"
     tensorfile.write(folder / WEIGHTS, tensors)
     write_atomically(folder / "config.json", text)
@@ -227,19 +237,33 @@ def _piece(leaf: Any, layer: int | None, transposed: bool) -> Lazy:
     shape = leaf.shape if layer is None else leaf.shape[1:]
 
     def make() -> np.ndarray:
-        whole = np.asarray(leaf)
-        piece = whole if layer is None else whole[layer]
+        piece = _on_host(leaf, layer)
         return piece.T if transposed else piece
 
     return Lazy(shape[::-1] if transposed else shape, str(leaf.dtype), make)
 
 
-def local_folder(source: str | os.PathLike[str], patterns: list[str]) -> Path:
+def _on_host(leaf: Any, layer: int | None) -> np.ndarray:
+    """A leaf, or one of its layers, as numpy has it."""
+    devices = leaf.devices() if isinstance(leaf, jax.Array) else ()
+    if len(devices) > 1 or any(device.platform != "cpu" for device in devices):
+        # What asarray makes of a leaf that is elsewhere, or in pieces, stays as long as the leaf:
+        # all of them together would be the model a second time. So it is made of a copy.
+        return np.asarray(jnp.copy(leaf) if layer is None else leaf[layer])
+    whole = np.asarray(leaf)
+    return whole if layer is None else whole[layer]
+
+
+def local_folder(
+    source: str | os.PathLike[str], patterns: list[str], whole: Callable[[Path], bool]
+) -> Path:
     """A local folder, or that of a model on the hub once huggingface_hub has it.
 
     Args:
         source: a folder, or the name of a model.
         patterns: the files needed.
+        whole: whether they are all in a folder; where the cache holds others alone, such as the
+            tokeniser's, the rest is downloaded.
 
     Returns:
         The folder.
@@ -256,10 +280,11 @@ def local_folder(source: str | os.PathLike[str], patterns: list[str]) -> Path:
             raise ValueError("it is no folder, and no name of a model either")
         from huggingface_hub import snapshot_download
 
-        try:  # what is in the cache needs no network
-            return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
-        except OSError:
-            return Path(snapshot_download(name, allow_patterns=patterns))
+        with contextlib.suppress(OSError):  # what is in the cache needs no network
+            held = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+            if whole(held):
+                return held
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         # Their own messages run over many lines; the last of the causes says enough.
         reason = str(error).strip().splitlines()[0].rstrip(".")
@@ -270,15 +295,34 @@ def local_folder(source: str | os.PathLike[str], patterns: list[str]) -> Path:
         ) from error
 
 
+def _listed(folder: Path) -> dict[str, str]:
+    """Tensors to files, as the index of a sharded checkpoint has it; empty of a single file."""
+    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
+        return {}  # one file comes first, as in transformers: an index may be of a former model
+    listed = json_object(folder / INDEX).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise ValueError(f"{folder / INDEX} has no weight_map of tensors to files")
+    for name, file in listed.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(f"{folder / INDEX} puts the tensor {name!r} into {file!r}, outside")
+    return listed
+
+
+def _weights(folder: Path, listed: Mapping[str, str]) -> list[Path]:
+    return [folder / name for name in sorted(set(listed.values()) or {WEIGHTS})]
+
+
+def _whole(folder: Path) -> bool:
+    files = [folder / "config.json", *_weights(folder, _listed(folder))]
+    return all(file.is_file() for file in files)
+
+
 def _files(folder: Path, config: Config) -> dict[str, Stored]:
     """The tensors of a checkpoint under their names of today, without prefix."""
-    if (folder / INDEX).exists():
-        listed = _json(folder / INDEX).get("weight_map", {})
-        files = [folder / name for name in sorted(set(listed.values()))]
-    else:
-        listed, files = {}, [folder / WEIGHTS]
+    listed = _listed(folder)
+    files = _weights(folder, listed)
     for file in files:
-        if not file.exists():
+        if not file.is_file():
             if pickles := sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt")):
                 raise ValueError(
                     f"{folder} holds {pickles[0].name} and no {file.name}. A pickle can run any "
@@ -287,7 +331,9 @@ def _files(folder: Path, config: Config) -> dict[str, Stored]:
                     ".save_pretrained(other_folder) writes safetensors (use the class with the "
                     "head you need)"
                 )
-            raise FileNotFoundError(f"{folder} holds no {file.name}")
+            raise FileNotFoundError(
+                f"{folder} holds no {file.name}, which transformers' save_pretrained writes"
+            )
     found = tensorfile.contents(files)
     for name, file in listed.items():
         if name not in found:
@@ -321,11 +367,13 @@ def _account(
                 )
             used.add(name)
             if entry.shape != own:
+                by_label = config.head == "classify" and path.startswith("head.out.")
                 raise ValueError(
                     f"{entry.file}: tensor {entry.name!r} has shape {list(entry.shape)}, but "
-                    f"config.json means {list(own)} (the leaf {path!r})"
+                    f"{f'labels={config.labels}' if by_label else 'config.json'} means {list(own)} "
+                    f"(the leaf {path!r})"
                 )
-            if not jnp.issubdtype(jnp.dtype(entry.dtype), jnp.floating):
+            if entry.dtype not in _FLOATING:
                 raise ValueError(
                     f"{entry.file}: tensor {entry.name!r} has dtype {entry.dtype}; jmeta reads "
                     "floating-point weights, not quantised ones"
@@ -360,9 +408,17 @@ def _read(
 ) -> Array:
     """A leaf, stacked and transposed while it is read, on its devices."""
     entries = [files[name] for name in _each(tensor, shape)]
-    kind = jax.dtypes.canonicalize_dtype(entries[0].dtype if dtype is None else dtype)
+    with jax.numpy_dtype_promotion("standard"):  # layers may be stored in several
+        stored_as = functools.reduce(jnp.promote_types, sorted({e.dtype for e in entries}))
+    kind = jax.dtypes.canonicalize_dtype(stored_as if dtype is None else dtype)
+    parts: dict[str, np.ndarray] = {}  # devices that hold the same part share one reading
 
     def part(index: Any) -> np.ndarray:  # a slice for each axis
+        if (made := parts.get(str(index))) is None:
+            made = parts[str(index)] = stack(index)
+        return made
+
+    def stack(index: Any) -> np.ndarray:
         ranges = [range(n)[s] for n, s in zip(shape, index, strict=True)]
         out = np.empty([len(r) for r in ranges], kind)
         own = index[1:] if tensor.stacked else index
@@ -378,19 +434,34 @@ def _read(
 
     where = sharding(path, shape) if callable(sharding) else sharding
     if where is None:
-        leaf = jax.device_put(part(tuple(slice(None) for _ in shape)))
+        leaf = jax.device_put(stack(tuple(slice(None) for _ in shape)))
     else:
         leaf = jax.make_array_from_callback(shape, where, part)
     return leaf.block_until_ready()  # so that the buffer it came from is gone before the next
 
 
-def _json(file: Path) -> dict[str, Any]:
-    if not file.exists():
+def json_object(file: Path) -> dict[str, Any]:
+    """The contents of a JSON file that holds an object.
+
+    Args:
+        file: the file.
+
+    Returns:
+        The object.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is truncated, no JSON, or no object.
+    """
+    if not file.is_file():
         raise FileNotFoundError(f"{file.parent} holds no {file.name}")
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is truncated or no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds no JSON object")
+    return found
 
 
 def _named(tree: Any) -> list[tuple[str, Any]]:

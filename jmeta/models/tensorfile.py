@@ -62,11 +62,14 @@ def contents(files: Iterable[Path]) -> dict[str, Stored]:
         ``{name: Stored}``.
 
     Raises:
-        ValueError: a file is truncated or damaged; the message names the first tensor that is cut.
+        ValueError: a file is truncated or damaged, or two of them hold a tensor of one name; the
+            message names the tensor, of those that are cut the first.
     """
     found: dict[str, Stored] = {}
     for file in files:
-        for name, (shape, dtype, _) in _header(file).items():
+        for name, (shape, dtype) in _header(file).items():
+            if name in found:
+                raise ValueError(f"the tensor {name!r} lies in {found[name].file} and in {file}")
             found[name] = Stored(file, name, shape, dtype)
     return found
 
@@ -82,10 +85,15 @@ def read(stored: Stored, index: tuple[slice, ...] = ()) -> np.ndarray:
         A numpy array (bfloat16 by ml_dtypes).
 
     Raises:
-        ValueError: the file is damaged.
+        ValueError: the file is damaged, or the dtype is none of numpy's.
     """
     from safetensors import SafetensorError, safe_open
 
+    if stored.dtype not in _NAMES:
+        raise ValueError(
+            f"{stored.file}: tensor {stored.name!r} has dtype {stored.dtype}, which jmeta does not "
+            "read"
+        )
     try:
         # Opened for one tensor and closed again: what stays mapped would count as resident.
         with safe_open(stored.file, framework="numpy") as file:
@@ -146,8 +154,8 @@ def _numpy(dtype: str) -> Any:
     return dtype
 
 
-def _header(file: Path) -> dict[str, tuple[tuple[int, ...], str, int]]:
-    """Names to shapes, dtypes and last bytes; checks that all of it is there."""
+def _header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Names to shapes and dtypes; checks that all tensors are there, each in its own place."""
     size = file.stat().st_size
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
@@ -155,25 +163,42 @@ def _header(file: Path) -> dict[str, tuple[tuple[int, ...], str, int]]:
     try:
         parsed = json.loads(head)
         parsed.pop("__metadata__", None)
-        tensors = {
-            name: (
-                tuple(entry["shape"]),
-                str(_DTYPES.get(entry["dtype"], entry["dtype"])),
-                entry["data_offsets"][1],
-            )
-            for name, entry in parsed.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        tensors = {name: _entry(**entry) for name, entry in parsed.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{file} is truncated or not a safetensors file: its header cannot be read; copy or "
             "download it again"
         ) from error
-    cut = {name: end for name, (_, _, end) in tensors.items() if 8 + length + end > size}
+    size -= 8 + length
+    cut = {name: end for name, (*_, end) in tensors.items() if end > size}
     if cut:
         first = min(cut, key=lambda name: cut[name])
         raise ValueError(
-            f"{file} is truncated: it ends at byte {size}, before the end of {len(cut)} of its "
-            f"{len(tensors)} tensors, the first {first!r} of shape {list(tensors[first][0])}; copy "
-            "or download it again"
+            f"{file} is truncated: it ends at byte {8 + length + size}, before the end of "
+            f"{len(cut)} of its {len(tensors)} tensors, the first {first!r} of shape "
+            f"{list(tensors[first][0])}; copy or download it again"
         )
-    return tensors
+    last = 0
+    for name in sorted(tensors, key=lambda name: tensors[name][2:]):
+        shape, dtype, begin, end = tensors[name]
+        item = np.dtype(_numpy(dtype)).itemsize if dtype in _NAMES else None
+        if begin != last or (item and end - begin != item * math.prod(shape)):
+            raise ValueError(
+                f"{file} is damaged: it puts the tensor {name!r}, {dtype} of shape {list(shape)}, "
+                f"at the bytes {begin} to {end}, and the one before it ends at {last}"
+            )
+        last = end
+    if last != size:
+        raise ValueError(f"{file} is damaged: {size - last} bytes follow its last tensor")
+    return {name: (shape, dtype) for name, (shape, dtype, *_) in tensors.items()}
+
+
+def _entry(
+    *, dtype: str, shape: list[int], data_offsets: list[int]
+) -> tuple[tuple[int, ...], str, int, int]:
+    """Shape, dtype, first and last byte of a tensor; anything else is an error."""
+    begin, end = data_offsets
+    numbers = [*shape, begin, end]
+    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in numbers):
+        raise ValueError(f"shape {shape}, bytes {data_offsets}")
+    return tuple(shape), str(_DTYPES.get(dtype, dtype)), begin, end

@@ -146,7 +146,7 @@ def hidden(
         ValueError: the sequence is longer than ``config.max_len``, or shapes disagree.
     """
     rows = jnp.take(params["embed"]["tokens"], tokens, axis=0, mode="clip")
-    return _trunk(config, params, rows, mask, key)
+    return trunk(config, params, rows, mask, key)
 
 
 def logits(
@@ -244,16 +244,30 @@ def next_token_loss(
     table = params["embed"]["tokens"]
     # One gather serves inputs and targets, so one scatter-add serves their gradients.
     rows = jnp.take(table, tokens, axis=0, mode="clip")
-    states = _trunk(config, params, rows, mask, key)
+    states = trunk(config, params, rows, mask, key)
     counts = jnp.ones(tokens.shape, states.dtype) if weights is None else weights
     loss, total = heads.next_token_loss(states, table, rows, counts)
     return loss, {"tokens": total}
 
 
-def _trunk(
-    config: TransformerConfig, params: Params, rows: Array, mask: Array | None, key: Key
+def trunk(
+    config: TransformerConfig, params: Params, rows: Array, mask: Array | None, key: Key = None
 ) -> Array:
-    """Final hidden states ``[..., time, width]`` from embedding rows of that shape."""
+    """The final hidden states from embedding rows, for inputs that are no tokens.
+
+    Args:
+        config: the shape of the model.
+        params: what ``init`` returned.
+        rows: ``[..., time, width]``; positions are added here.
+        mask: ``[..., time]``, 1 for tokens and 0 for padding, or None.
+        key: drives dropout; None is deterministic.
+
+    Returns:
+        ``[..., time, width]`` in the compute dtype.
+
+    Raises:
+        ValueError: the sequence is longer than ``config.max_len``, or shapes disagree.
+    """
     blocks.check(config)
     blocks.check_length(rows.shape[:-1], mask, config.max_len)
     lead, (time, width) = rows.shape[:-2], rows.shape[-2:]

@@ -154,6 +154,10 @@ def test_losses_are_the_naive_formulas(x64):
     weights = np.array([[2.0, 9, 0, 0], [1, 9, 9, 0]])
     value, _ = loss(CONFIG, params, batch(weights=weights))
     close(value, (2 * picked[0] + picked[2]) / 3)
+    last = batch(mask=np.array([[1, 1, 1, 1], [1, 1, 1, 0]]), weights=np.full((2, 4), 5.0))
+    assert (
+        loss(CONFIG, params, last)[1]["tokens"] == 15
+    )  # a pad weighs nothing, whatever it is given
     config = CONFIG._replace(head="spans")
     params = draw(config)
     scores = jax.nn.log_softmax(apply(config, params, batch()), axis=1)

@@ -275,6 +275,13 @@ def test_a_suffix_that_names_two_layers_becomes_a_pattern(tmp_path):
     assert not re.fullmatch(pattern, "bert.encoder.layer.11.attention.output.dense")
 
 
+def test_a_trained_pooler_is_not_left_out_unsaid(tmp_path):
+    params = draw()
+    with pytest.raises(ValueError, match=r"head.dense.bias, head.dense.kernel with the head of"):
+        peft.write(tmp_path, BERT, factors(params), 1.0, head=params["head"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_wrong_adapters_are_refused(tmp_path):
     pair = factors(draw())
     folder = peft.write(tmp_path, BERT, pair, 1.0)
@@ -291,10 +298,17 @@ def test_wrong_adapters_are_refused(tmp_path):
         ({"use_dora": True}, "use_dora=True"),
         ({"bias": "all"}, "bias='all'"),
         ({"rank_pattern": {"query": 4}}, "rank_pattern"),
+        ({"layers_to_transform": [1]}, "layers_to_transform"),
+        ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4', which changes the model's own"),
+        ({"r": 0}, "r=0"),
+        ({"lora_alpha": None}, "lora_alpha=None"),
     ):
         file.write_text(json.dumps(good | change))
         with pytest.raises(ValueError, match=words):
             peft.read(folder, BERT)
+    file.write_text("{")
+    with pytest.raises(ValueError, match=r"adapter_config\.json is truncated or no JSON"):
+        peft.read(folder, BERT)
     file.write_text(json.dumps(good | {"use_rslora": True}))
     np.testing.assert_allclose(peft.read(folder, BERT).scale, 3 / 3**0.5)
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")

@@ -41,7 +41,7 @@ def rewrite(folder, arrays, name="model.safetensors"):
 def change(folder, **settings):
     file = folder / "config.json"
     kept = json.loads(file.read_text()) | settings
-    file.write_text(json.dumps({k: v for k, v in kept.items() if v is not None}))
+    file.write_text(json.dumps(kept))
 
 
 def same(a, b):
@@ -104,11 +104,73 @@ def test_shards_old_names_and_buffers(folder):
     index = {"weight_map": {n: file for file, part in shards.items() for n in part}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     same(from_pretrained(folder).params, expected)
+    # What is written beside the shards is what is read again, as in transformers.
+    other = jax.tree.map(lambda leaf: leaf + 1, expected)
+    to_pretrained(folder, BERT, other)
+    same(from_pretrained(folder).params, other)
+    (folder / "model.safetensors").unlink()
     file = next(iter(shards))
     rewrite(folder, dict(list(shards[file].items())[1:]), file)
     missing = next(iter(shards[file]))
     with pytest.raises(ValueError, match=f"{missing}.*has no such"):
         from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ([1], "holds no JSON object"),
+        ("{", "truncated or no JSON"),
+        ({}, "has no weight_map"),
+        ({"weight_map": [1]}, "has no weight_map"),
+        ({"weight_map": {"a": 3}}, "puts the tensor 'a' into 3, outside"),
+        ({"weight_map": {"a": "../other/a.safetensors"}}, "'../other/a.safetensors', outside"),
+        ({"weight_map": {"a": "/other/a.safetensors"}}, "'/other/a.safetensors', outside"),
+        ({"weight_map": {"a": "b.safetensors"}}, "holds no b.safetensors"),
+    ],
+)
+def test_an_index_that_leads_nowhere_or_outside_is_refused(folder, index, words):
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    text = index if isinstance(index, str) else json.dumps(index)
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        from_pretrained(folder)
+
+
+def test_layers_stored_in_several_dtypes_keep_the_widest(folder):
+    arrays = tensors(folder)
+    expected = from_pretrained(folder).params
+    name = "bert.encoder.layer.{}.intermediate.dense.weight"
+    low = {name.format(0): arrays[name.format(0)].astype(np.float16)}
+    rewrite(folder, arrays | low)
+    kernel = from_pretrained(folder).params["blocks"]["mlp"]["up"]["kernel"]
+    assert kernel.dtype == jnp.float32
+    np.testing.assert_array_equal(kernel[1], expected["blocks"]["mlp"]["up"]["kernel"][1])
+    low[name.format(1)] = arrays[name.format(1)].astype(jnp.bfloat16)
+    rewrite(folder, arrays | low)
+    kernel = from_pretrained(folder).params["blocks"]["mlp"]["up"]["kernel"]
+    assert kernel.dtype == jnp.float32  # neither of the two holds the other
+    np.testing.assert_array_equal(kernel[0], low[name.format(0)].T.astype(np.float32))
+
+
+def test_a_cache_that_holds_the_tokeniser_alone_is_filled(folder, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    snapshot, calls = tmp_path / "snapshot", []
+    snapshot.mkdir()
+    (snapshot / "config.json").write_bytes((folder / "config.json").read_bytes())
+
+    def download(name, *, allow_patterns, local_files_only=False):
+        calls.append(local_files_only)
+        if not local_files_only:
+            (snapshot / "model.safetensors").symlink_to(folder / "model.safetensors")
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    same(from_pretrained("some/model").params, from_pretrained(folder).params)
+    assert calls == [True, False]
+    from_pretrained("some/model")
+    assert calls == [True, False, True]  # what is there needs no network
 
 
 def test_another_head_takes_the_body_and_says_what_it_left(folder):
@@ -137,6 +199,15 @@ def test_a_body_gets_a_classifier_and_keeps_its_pooler(folder, tmp_path):
     same(model.params["head"]["dense"], body.params["pooler"])
 
 
+def test_roberta_keeps_its_pooler_too(folder, tmp_path):
+    config = BERT._replace(kind="roberta", head=None, types=1, pad_id=1)
+    params = bert.init(config, jax.random.key(0))
+    dense = {"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8)}
+    model = from_pretrained(to_pretrained(tmp_path, config, {**params, "pooler": dense}))
+    same(model.params["pooler"], dense)
+    assert model.unused == ()
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_dtype_at_load_and_back(folder, tmp_path, dtype):
     exact, low = from_pretrained(folder).params, from_pretrained(folder, dtype=dtype)
@@ -146,8 +217,19 @@ def test_dtype_at_load_and_back(folder, tmp_path, dtype):
     same(from_pretrained(saved).params, low.params)
 
 
+def test_a_width_of_another_time_is_not_written(folder, tmp_path):
+    """Leaves of several dtypes: config.json must not name the narrower one."""
+    model = from_pretrained(folder)
+    low = {**model.params, "head": jax.tree.map(jnp.bfloat16, model.params["head"])}
+    saved = to_pretrained(tmp_path, model.config, low, {**model.settings, "dtype": "bfloat16"})
+    assert "dtype" not in json.loads((saved / "config.json").read_text())
+    same(from_pretrained(saved).params, low)
+    with pytest.raises(TypeError, match="dtype=int32"):
+        from_pretrained(folder, dtype=jnp.int32)
+
+
 def test_sharded_at_load(folder):
-    mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     read = []
 
     def sharding(path, shape):
@@ -157,7 +239,7 @@ def test_sharded_at_load(folder):
     params = from_pretrained(folder, sharding=sharding).params
     same(params, from_pretrained(folder).params)
     shards = params["blocks"]["mlp"]["up"]["kernel"].addressable_shards
-    assert [shard.data.shape for shard in shards] == [(2, 8, 5)] * 2
+    assert [shard.data.shape for shard in shards] == [(2, 8, 5)] * 8
     original = tensorfile.read
 
     def spy(stored, index=()):
@@ -170,8 +252,8 @@ def test_sharded_at_load(folder):
         from_pretrained(folder, sharding=sharding)
     finally:
         tensorfile.read = original
-    # Stored as [out, in]: of each shard only its own rows are read.
-    assert {s for n, s in read if n.endswith("intermediate.dense.weight")} == {(5, 8)}
+    # Stored as [out, in]: of each shard only its own rows are read, once for all its copies.
+    assert [s for n, s in read if n.endswith("0.intermediate.dense.weight")] == [(5, 8)] * 2
 
 
 def test_never_two_copies(tmp_path):
@@ -196,6 +278,30 @@ def test_never_two_copies(tmp_path):
     assert model.config == config
     assert written < leaf
     assert read < size + 2 * leaf + 2**20
+
+
+def test_no_copy_of_a_sharded_model_stays_behind(tmp_path):
+    """What numpy makes of an array in pieces stays with the array: here with a copy of it."""
+    mesh = jax.make_mesh((8,), ("all",), axis_types=(jax.sharding.AxisType.Auto,))
+    config = GPT2._replace(width=128, layers=4, vocab=256, ff=512)
+    shapes = jax.eval_shape(lambda: gpt2.init(config, jax.random.key(0)))
+    last = lambda n: PartitionSpec(*[None] * (n - 1), "all")  # noqa: E731
+    params = jax.tree.map(
+        lambda leaf: jax.device_put(
+            np.ones(leaf.shape, leaf.dtype), NamedSharding(mesh, last(leaf.ndim))
+        ),
+        shapes,
+    )
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    tracemalloc.start()
+    try:
+        to_pretrained(tmp_path, config, params)
+        left, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 0.5 * size  # a leaf, and what compiling the slices leaves
+    assert left < 0.3 * size
+    same(from_pretrained(tmp_path).params, params)
 
 
 RESIDENT = """
@@ -271,12 +377,38 @@ def test_missing_misshapen_and_unexpected_tensors_are_named(folder):
         ({"is_decoder": True}, "is_decoder=True"),
         ({"position_embedding_type": "relative_key"}, "relative_key"),
         ({"hidden_act": "relu"}, "activation 'relu'"),
+        ({"hidden_size": "8"}, "hidden_size='8', which is no number above 0"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers=-1"),
+        ({"num_labels": "3"}, "num_labels='3'"),
+        (
+            {"model_type": "roberta", "architectures": ["RobertaModel"], "pad_token_id": None},
+            "no pad_token_id",
+        ),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(folder, settings, words):
     change(folder, **settings)
     with pytest.raises(ValueError, match=words):
         from_pretrained(folder)
+
+
+def test_labels_that_the_checkpoint_has_not_are_said_to_be_asked_for(folder):
+    with pytest.raises(ValueError, match=r"'classifier.weight' has shape .3, 8., but labels=5 me"):
+        from_pretrained(folder, labels=5, key=jax.random.key(0))
+    with pytest.raises(ValueError, match="labels=0"):
+        from_pretrained(folder, labels=0)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json holds no JSON object"):
+        from_pretrained(folder)
+
+
+def test_segments_are_where_transformers_has_them(tmp_path):
+    with pytest.raises(ValueError, match="DistilBERT has no segment embedding: types=2"):
+        bert.init(BERT._replace(kind="distilbert"), jax.random.key(0))
+    config = BERT._replace(types=0)
+    with pytest.raises(ValueError, match="bert has a segment embedding; the config has types=0"):
+        to_pretrained(tmp_path, config, bert.init(config, jax.random.key(0)))
 
 
 def test_pickles_are_refused_with_advice(folder):
