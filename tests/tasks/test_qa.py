@@ -88,7 +88,8 @@ def test_answers_come_back_to_their_characters(own, monkeypatch, context, data):
         starts[w, windows.start[w]] = stops[w, windows.stop[w]] = 9
         (found,) = qa.decode(starts, stops, windows, [question], longest_answer=100)
         assert context[found.start : found.stop] == found.text
-        if set(pieces.start[inside]) >= {begin} and set(pieces.stop[inside]) >= {end}:
+        # A token may hold half a character, and with it the characters before.
+        if pieces.start[inside].min() == begin and pieces.stop[inside].max() == end:
             assert found.text == answer.strip()
         else:
             assert answer.strip() in found.text
