@@ -13,6 +13,7 @@ import numpy as np
 from jmeta.core.types import Array
 from jmeta.data.cache import cache_key, cached_arrays
 from jmeta.files import cache_dir
+from jmeta.tasks.corruption import Objective, masked_lm
 from jmeta.tasks.feeding import Batch, ExampleSource
 from jmeta.tasks.text import TextTask
 from jmeta.tasks.tokenizer import Unified, cache_name, token_ids
@@ -53,55 +54,14 @@ def corpus(texts: Sequence[str], vocabulary: Unified) -> Corpus:
     return Corpus(**cached_arrays(cache_dir() / f"text-corpus-{key}.npz", make))
 
 
-def corrupt(
-    tokens: np.ndarray,
-    rng: np.random.Generator,
+def masked(
+    source: Corpus,
     vocabulary: Unified,
+    positions: int,
     *,
-    select: float = 0.15,
-    keep: float = 0.1,
-    random: float = 0.1,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Hide some of the ordinary tokens of each row; special tokens are never touched.
-
-    Of the n ordinary tokens of a row, ``floor(select * n + U)`` with U uniform in [0, 1) are
-    selected without replacement. Of these, some stay, some become an ordinary token or [SEP] at
-    random, and the others [MASK].
-
-    Args:
-        tokens: int ``[..., positions]``.
-        rng: the generator.
-        vocabulary: says what is special.
-        select: the share selected.
-        keep: of these, the share left as it is.
-        random: of these, the share replaced at random.
-
-    Returns:
-        Inputs and labels, int32 like ``tokens``; a label is [PAD] where nothing was selected.
-
-    Raises:
-        ValueError: the shares are none.
-
-    Source:
-        Devlin et al. 2019, "BERT", section 3.1.
-    """
-    if not (0 <= select <= 1 and keep >= 0 and random >= 0 and keep + random <= 1):
-        raise ValueError(f"select={select}, keep={keep} and random={random} are no shares")
-    tokens = np.asarray(tokens, np.int32)
-    is_ordinary = np.zeros(vocabulary.size, bool)
-    is_ordinary[vocabulary.ordinary] = True
-    ordinary = is_ordinary[tokens]
-    wanted = np.floor(select * ordinary.sum(-1) + rng.random(tokens.shape[:-1]))
-    keys = np.where(ordinary, rng.random(tokens.shape), 2)
-    chosen = keys.argsort(-1).argsort(-1) < wanted[..., None]
-    fate, replacements = rng.random(tokens.shape), np.append(vocabulary.ordinary, vocabulary.sep)
-    drawn = replacements[rng.integers(len(replacements), size=tokens.shape)]
-    hidden = np.where(fate < keep, tokens, np.where(fate < keep + random, drawn, vocabulary.mask))
-    inputs = np.where(chosen, hidden, tokens).astype(np.int32)
-    return inputs, np.where(chosen, tokens, vocabulary.pad).astype(np.int32)
-
-
-def masked(source: Corpus, vocabulary: Unified, positions: int, **shares: float) -> ExampleSource:
+    objective: Objective = masked_lm,
+    **shares: float,
+) -> ExampleSource:
     """A corpus as examples to draw, corrupted anew each time.
 
     A text is drawn with a probability in proportion to its length, by drawing one of all tokens;
@@ -111,7 +71,8 @@ def masked(source: Corpus, vocabulary: Unified, positions: int, **shares: float)
         source: the corpus.
         vocabulary: the vocabulary it was tokenised with.
         positions: tokens of an example, special tokens included.
-        **shares: ``select``, ``keep`` and ``random`` of ``corrupt``.
+        objective: how they are corrupted, a function of ``tasks.corruption``.
+        **shares: its options: ``select``, ``keep`` and ``random``.
 
     Returns:
         The source, for ``feeding.meta_batches``; examples drawn together are of distinct texts.
@@ -141,15 +102,8 @@ def masked(source: Corpus, vocabulary: Unified, positions: int, **shares: float)
             )
             window = source.tokens[start : min(start + room, end)]
             row[: len(window) + 2] = [vocabulary.cls[MLM.number], *window, vocabulary.sep]
-        mask = (tokens != vocabulary.pad).astype(np.float32)
-        inputs, labels = corrupt(tokens, rng, vocabulary, **shares)
-        return {
-            "tokens": inputs,
-            "segments": np.zeros_like(tokens),
-            "mask": mask,
-            "labels": labels,
-            "weights": (labels != vocabulary.pad).astype(np.float32),
-        }
+        corrupted = objective(tokens, rng, vocabulary, **shares)
+        return {"segments": np.zeros_like(tokens), **corrupted}
 
     return ExampleSource(MLM.name, texts, draw)
 

@@ -3,66 +3,10 @@ import pytest
 from scipy import stats
 
 from jmeta.tasks import mlm
-from jmeta.tasks.mlm import corpus, corrupt, masked
+from jmeta.tasks.mlm import corpus, masked
 from jmeta.tasks.tokenizer import token_ids
 
 pytestmark = pytest.mark.usefixtures("text_cache")
-
-
-@pytest.fixture(scope="module")
-def rows(bpe):
-    """4,000 rows of 40 ordinary tokens between [CLS1] and [SEP], and six of padding."""
-    rng = np.random.default_rng(0)
-    tokens = np.full((4000, 48), bpe.pad)
-    tokens[:, 0], tokens[:, 41] = bpe.cls[1], bpe.sep
-    tokens[:, 1:41] = rng.choice(bpe.ordinary, (4000, 40))
-    return tokens
-
-
-def test_corruption_is_that_of_the_definition(bpe, rows):
-    inputs, labels = corrupt(rows, np.random.default_rng(1), bpe)
-    chosen = labels != bpe.pad
-    np.testing.assert_array_equal(labels[chosen], rows[chosen])
-    np.testing.assert_array_equal(inputs[~chosen], rows[~chosen])
-    special = ~np.isin(rows, bpe.ordinary)
-    assert not chosen[special].any()  # [CLS1], [SEP] and padding are never touched
-    # floor(6 + U) of 40 is always 6
-    assert (chosen.sum(1) == 6).all()
-    kept = inputs[chosen] == rows[chosen]
-    hidden = inputs[chosen] == bpe.mask
-    # random tokens: ordinary ones or [SEP], and now and then the token that was there
-    drawn = inputs[chosen][~kept & ~hidden]
-    assert np.isin(drawn, [*bpe.ordinary, bpe.sep]).all()
-    chance = 0.1 / (len(bpe.ordinary) + 1)
-    expected = np.array([0.1 + chance, 0.8, 0.1 - chance]) * chosen.sum()
-    assert stats.chisquare([kept.sum(), hidden.sum(), len(drawn)], expected).pvalue > 1e-3
-    # every position alike, and replacements uniform
-    assert stats.chisquare(chosen[:, 1:41].sum(0)).pvalue > 1e-3
-    seen = np.bincount(drawn, minlength=bpe.size)[[bpe.sep, *bpe.ordinary]]
-    assert stats.chisquare(seen).pvalue > 1e-3
-
-
-def test_rounding_is_stochastic_so_that_the_mean_is_exact(bpe, rows):
-    short = np.array(rows[:, :12])
-    short[:, 11] = bpe.sep  # 10 ordinary tokens: 1.5 of them
-    _, labels = corrupt(short, np.random.default_rng(2), bpe)
-    count = (labels != bpe.pad).sum(1)
-    assert set(count.tolist()) == {1, 2}
-    assert abs(count.mean() - 1.5) < 3 * 0.5 / np.sqrt(len(count))
-
-
-def test_golden_corruption_and_its_limits(bpe, rows):
-    same = [corrupt(rows[:3], np.random.default_rng(3), bpe)[0] for _ in range(2)]
-    np.testing.assert_array_equal(*same)
-    one = rows[:3]
-    inputs, labels = corrupt(one, np.random.default_rng(0), bpe, select=1.0, keep=0.0, random=0.0)
-    assert (inputs[:, 1:41] == bpe.mask).all()
-    np.testing.assert_array_equal(labels[:, 1:41], one[:, 1:41])
-    inputs, labels = corrupt(one, np.random.default_rng(0), bpe, select=0.0)
-    np.testing.assert_array_equal(inputs, one)
-    assert (labels == bpe.pad).all()
-    with pytest.raises(ValueError, match="no shares"):
-        corrupt(one, np.random.default_rng(0), bpe, keep=0.7, random=0.7)
 
 
 def test_an_example_with_nothing_selected_scores_full():
