@@ -2,26 +2,87 @@
 
 from jmeta.methods.anil import anil, learned_body
 from jmeta.methods.cavia import cavia, learned_context
+from jmeta.methods.collapse import has_collapsed, monitors, panels
 from jmeta.methods.imaml import imaml, proximal_start
 from jmeta.methods.maml import fomaml, learned_start, maml, reptile
 from jmeta.methods.maml_plus_plus import annealed, maml_plus_plus, maml_plus_plus_init
+from jmeta.methods.meta_pseudo_labels import labelled_auxiliary, meta_pseudo_labels
 from jmeta.methods.meta_sgd import learned_rates, meta_sgd, meta_sgd_init
+from jmeta.methods.rewriting import (
+    Rewriting,
+    class_labels,
+    expected,
+    gumbel_softmax,
+    inputs_and_labels,
+    inputs_only,
+    masks_only,
+    straight_through,
+    without,
+)
+from jmeta.methods.students import (
+    Student,
+    TeacherState,
+    direct_grad,
+    fine_tuned,
+    population,
+    restarting,
+)
+from jmeta.methods.teacher import pre_training, soft_teacher
+from jmeta.methods.teacher_auxiliary import mlm_auxiliary, two_head_loss
+from jmeta.methods.teacher_checks import check_teacher
+from jmeta.methods.teacher_hard import (
+    Baseline,
+    hard_teacher,
+    leave_one_out,
+    moving_average,
+    no_baseline,
+)
 
 __all__ = [
+    "Baseline",
+    "Rewriting",
+    "Student",
+    "TeacherState",
     "anil",
     "annealed",
     "cavia",
+    "check_teacher",
+    "class_labels",
+    "direct_grad",
+    "expected",
+    "fine_tuned",
     "fomaml",
+    "gumbel_softmax",
+    "hard_teacher",
+    "has_collapsed",
     "imaml",
+    "inputs_and_labels",
+    "inputs_only",
+    "labelled_auxiliary",
     "learned_body",
     "learned_context",
     "learned_rates",
     "learned_start",
+    "leave_one_out",
     "maml",
     "maml_plus_plus",
     "maml_plus_plus_init",
+    "masks_only",
+    "meta_pseudo_labels",
     "meta_sgd",
     "meta_sgd_init",
+    "mlm_auxiliary",
+    "monitors",
+    "moving_average",
+    "no_baseline",
+    "panels",
+    "population",
+    "pre_training",
     "proximal_start",
     "reptile",
+    "restarting",
+    "soft_teacher",
+    "straight_through",
+    "two_head_loss",
+    "without",
 ]

@@ -1,0 +1,296 @@
+"""How a teacher's scores become examples: what it may write, in expectation or by drawing.
+
+A ``Rewriting`` says what is written; a ``Relaxation`` says how scores become something to write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from jmeta.core.inner import keys
+from jmeta.core.types import Array, Key, PyTree
+
+Batch: TypeAlias = dict[str, Any]
+Outcomes: TypeAlias = dict[str, Array]
+Network: TypeAlias = Callable[[PyTree, Batch, Key], Any]
+Relaxation: TypeAlias = Callable[[Array, Key], Array]
+
+_NEVER = -1e30  # a score that softmax sends to exactly zero, finite so that no derivative is NaN
+
+
+class Rewriting(NamedTuple):
+    r"""What a teacher writes.
+
+    Its distribution factorises over heads and positions,
+    :math:`T(z \mid x) = \prod_h \prod_i \mathrm{softmax}(s_{hi})_{z_{hi}}`.
+
+    Attributes:
+        scores: ``(meta, batch, key) -> {head: [examples, ..., outcomes]}``.
+        write: ``({head: outcomes}, batch) -> batch`` for the student; outcomes are distributions
+            ``[examples, ..., outcomes]`` (float) or draws ``[examples, ...]`` (int).
+        counts: ``batch -> [examples, ...]``, 1 at the places that are the teacher's to write.
+    """
+
+    scores: Callable[[PyTree, Batch, Key], Outcomes]
+    write: Callable[[Outcomes, Batch], Batch]
+    counts: Callable[[Batch], Array]
+
+
+def inputs_and_labels(teacher: Network) -> Rewriting:
+    """The teacher writes the whole pseudo-example: every token of it, and every label.
+
+    Args:
+        teacher: ``(meta, batch, key) -> {"inputs", "labels"}``, scores ``[examples, time, vocab]``,
+            of a batch ``{"tokens" int, "mask"}``, both ``[examples, time]``.
+
+    Returns:
+        A ``Rewriting``; pads stay pads, and their labels do not count.
+
+    Source: Shen, "Meta-Learned Language Modelling Objective" (2021).
+    """
+    return Rewriting(
+        lambda meta, batch, key: _only(teacher(meta, batch, key), "inputs", "labels"),
+        lambda made, batch: {
+            "tokens": made["inputs"],
+            "mask": batch["mask"],
+            "labels": made["labels"],
+            "weights": batch["mask"],
+        },
+        lambda batch: batch["mask"],
+    )
+
+
+def inputs_only(teacher: Network) -> Rewriting:
+    """The teacher writes the tokens; the labels are the original tokens, at every position.
+
+    Args:
+        teacher: as ``inputs_and_labels`` takes it; ``labels`` may be missing, and are not used.
+
+    Returns:
+        A ``Rewriting``: denoising, of a noise that is learned.
+
+    Source: Shen (2021), the variant "fixed y".
+    """
+    return Rewriting(
+        lambda meta, batch, key: _only(teacher(meta, batch, key), "inputs"),
+        lambda made, batch: {
+            "tokens": made["inputs"],
+            "mask": batch["mask"],
+            "labels": batch["tokens"],
+            "weights": batch["mask"],
+        },
+        lambda batch: batch["mask"],
+    )
+
+
+def masks_only(teacher: Network, mask_token: int) -> Rewriting:
+    """The teacher chooses which positions to mask; the student finds the masked tokens again.
+
+    In expectation an input is the mean of the token and [MASK], weighted by the probability, which
+    is also how much the label counts.
+
+    Args:
+        teacher: ``(meta, batch, key) -> [examples, time]``: the log-odds of masking.
+        mask_token: the id of [MASK].
+
+    Returns:
+        A ``Rewriting`` with the head ``masked``, whose two outcomes are to leave and to mask. Where
+        the batch has ``ordinary`` ``[examples, time]``, only its positions can be masked.
+    """
+
+    def scores(meta: PyTree, batch: Batch, key: Key) -> Outcomes:
+        odds = teacher(meta, batch, key)
+        return {"masked": jnp.stack([jnp.zeros_like(odds), odds], axis=-1)}
+
+    def write(made: Outcomes, batch: Batch) -> Batch:
+        tokens, may = batch["tokens"], counts(batch)
+        masks = jnp.full_like(tokens, mask_token)
+        if jnp.issubdtype(made["masked"].dtype, jnp.integer):
+            chosen = (made["masked"] == 1) & (may != 0)
+            inputs, weights = jnp.where(chosen, masks, tokens), chosen.astype(may.dtype)
+        else:
+            weights = made["masked"][..., 1] * may.astype(made["masked"].dtype)
+            shares = jnp.stack([1 - weights, weights], axis=-1)
+            inputs = {"ids": jnp.stack([tokens, masks], axis=-1), "shares": shares}
+        return {"tokens": inputs, "mask": batch["mask"], "labels": tokens, "weights": weights}
+
+    def counts(batch: Batch) -> Array:
+        return batch.get("ordinary", batch["mask"])
+
+    return Rewriting(scores, write, counts)
+
+
+def class_labels(teacher: Network) -> Rewriting:
+    """The teacher labels an example with one class; the example stays as it is.
+
+    Args:
+        teacher: ``(meta, batch, key) -> [examples, classes]``.
+
+    Returns:
+        A ``Rewriting`` of any batch (a dict of arrays with a leading axis of examples): it gets
+        ``labels``, and ``weights`` of one for each example.
+
+    Source: Pham et al., "Meta Pseudo Labels" (2021).
+    """
+
+    def counts(batch: Batch) -> Array:
+        first = jax.tree.leaves(batch)[0]
+        return jnp.ones(first.shape[:1])
+
+    return Rewriting(
+        lambda meta, batch, key: {"labels": teacher(meta, batch, key)},
+        lambda made, batch: {**batch, "labels": made["labels"], "weights": counts(batch)},
+        counts,
+    )
+
+
+def without(teacher: Network, ids: Sequence[int]) -> Network:
+    """A teacher that never writes some tokens, such as [PAD], which is not a class.
+
+    Args:
+        teacher: a network whose scores end with an axis of the vocabulary.
+        ids: the tokens, an ``int`` each.
+
+    Returns:
+        The network with their probability at exactly zero, in every head.
+
+    Example:
+        >>> teacher = without(lambda meta, batch, key: {"inputs": jnp.zeros((1, 2, 3))}, [0])
+        >>> jax.nn.softmax(teacher(None, None, None)["inputs"])[0, 0].tolist()
+        [0.0, 0.5, 0.5]
+    """
+
+    def restricted(meta: PyTree, batch: Batch, key: Key) -> Any:
+        def forbid(scores: Array) -> Array:
+            vocab = scores.shape[-1]
+            if not all(0 <= i < vocab for i in ids):
+                raise ValueError(f"the tokens {list(ids)} are not all in a vocabulary of {vocab}")
+            never = jnp.zeros(vocab, bool).at[jnp.asarray(ids)].set(True)
+            return jnp.where(never.reshape((1,) * (scores.ndim - 1) + (-1,)), _NEVER, scores)
+
+        return jax.tree.map(forbid, teacher(meta, batch, key))
+
+    return restricted
+
+
+def expected(scores: Array, key: Key) -> Array:
+    r"""The distribution itself: what is written is the mean over all the teacher might write.
+
+    Args:
+        scores: ``[..., outcomes]``.
+        key: not used.
+
+    Returns:
+        :math:`\mathrm{softmax}(s)`.
+    """
+    del key
+    return jax.nn.softmax(scores, axis=-1)
+
+
+def straight_through(scores: Array, key: Key) -> Array:
+    r"""A draw, differentiated as if it were the distribution.
+
+    .. math:: \mathrm{onehot}(z) + p - \mathrm{sg}[p], \qquad z \sim p
+
+    Args:
+        scores: ``[..., outcomes]``.
+        key: a random key.
+
+    Returns:
+        One-hot vectors, ``[..., outcomes]``.
+
+    Source: Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons" (2013).
+    """
+    soft = jax.nn.softmax(scores, axis=-1)
+    drawn = jax.nn.one_hot(draw(scores, key), scores.shape[-1], dtype=soft.dtype)
+    return drawn + soft - jax.lax.stop_gradient(soft)
+
+
+def gumbel_softmax(temperature: float = 1.0, *, hard: bool = False) -> Relaxation:
+    r"""A differentiable draw.
+
+    .. math:: \mathrm{softmax}((s + G) / \tau), \qquad G \sim \mathrm{Gumbel}(0, 1)
+
+    Args:
+        temperature: :math:`\tau`; towards 0 the draws become one-hot.
+        hard: one-hot draws, differentiated as the soft ones.
+
+    Returns:
+        A ``Relaxation``.
+
+    Raises:
+        ValueError: the temperature is not positive.
+
+    Source: Jang et al., "Categorical Reparameterization with Gumbel-Softmax" (2017).
+    """
+    if not temperature > 0:
+        raise ValueError(f"the temperature is {temperature}; it must be positive")
+
+    def relax(scores: Array, key: Key) -> Array:
+        noise = jax.random.gumbel(_required(key), scores.shape, scores.dtype)
+        soft = jax.nn.softmax((scores + noise) / temperature, axis=-1)
+        if not hard:
+            return soft
+        drawn = jax.nn.one_hot(soft.argmax(-1), scores.shape[-1], dtype=soft.dtype)
+        return drawn + soft - jax.lax.stop_gradient(soft)
+
+    return relax
+
+
+def draw(scores: Array, key: Key) -> Array:
+    """One outcome for each place, int32 ``[...]``, from scores ``[..., outcomes]``."""
+    return jax.random.categorical(_required(key), scores, axis=-1).astype(jnp.int32)
+
+
+def of_heads(relax: Relaxation, scores: Outcomes, key: Key) -> Outcomes:
+    """Apply ``expected``, ``draw`` or another to every head, each with a key of its own."""
+    each = keys(key, len(scores))
+    return {name: relax(scores[name], k) for name, k in zip(sorted(scores), each, strict=True)}
+
+
+def log_probability(
+    scores: Outcomes, drawn: Outcomes, counts: Array, weighting: Literal["sum", "mean"] = "sum"
+) -> Array:
+    r"""The log-probability of what was drawn, for each example.
+
+    .. math:: \log T(z \mid x) = \sum_h \sum_i m_i \log \mathrm{softmax}(s_{hi})_{z_{hi}}
+
+    Args:
+        scores: ``{head: [examples, ..., outcomes]}``.
+        drawn: ``{head: int [examples, ...]}``.
+        counts: ``[examples, ...]``: :math:`m`.
+        weighting: ``"sum"``, whose gradient is the score function; ``"mean"``: the mean over
+            positions and heads, which weighs examples by the inverse of their length.
+
+    Returns:
+        ``[examples]``.
+    """
+    axes = tuple(range(1, counts.ndim))
+    total = jnp.zeros(counts.shape[0], counts.dtype)
+    for name, each in scores.items():
+        log_p = jax.nn.log_softmax(each, axis=-1)
+        picked = jnp.take_along_axis(log_p, drawn[name][..., None], axis=-1)[..., 0]
+        # where: what is not the teacher's to write may have probability zero.
+        picked = jnp.where(counts != 0, picked * counts.astype(picked.dtype), 0)
+        total = total + picked.sum(axes).astype(total.dtype)
+    if weighting == "sum":
+        return total
+    size = counts.sum(axes) * len(scores)
+    return total / jnp.where(size == 0, 1, size)
+
+
+def _only(scores: Any, *names: str) -> Outcomes:
+    missing = [name for name in names if name not in scores]
+    if missing:
+        raise ValueError(f"the teacher returned {sorted(scores)}; {missing} is missing")
+    return {name: scores[name] for name in names}
+
+
+def _required(key: Key) -> Array:
+    if key is None:
+        raise ValueError("a teacher that draws what it writes needs a jax.random.key")
+    return key
