@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import optax
 
 from jmeta.core.types import MetaGradient, PyTree
-from jmeta.files import leave_to_others, write_atomically
+from jmeta.files import write_atomically
 from jmeta.runtime import checkpoint, distributed, fit, train
 from jmeta.runtime import config as configuration
 from jmeta.runtime.cache import use_compilation_cache
@@ -48,23 +47,14 @@ def command_line(
         run: ``config -> anything``.
         argv: default: the process's own arguments.
     """
-    with configuration.track(configuration.parse(presets, argv)) as config:
-        with started(config.out):
-            run(config)
-
-
-@contextlib.contextmanager
-def started(out: Path) -> Iterator[None]:
-    """Around a whole experiment: it joins the other processes of a launch, of which one writes.
-
-    Args:
-        out: the run directory, which all of them share.
-    """
+    config = configuration.parse(presets, argv)
     with distributed.session():
         use_compilation_cache()
-        if not distributed.is_writer():
-            leave_to_others(out)
-        yield
+        if distributed.is_writer():
+            with configuration.track(config) as tracked:
+                run(tracked)
+        else:  # which reports nothing, and so does not read all of the configuration
+            run(config)
 
 
 def train_method(
@@ -108,7 +98,7 @@ def train_method(
     finally:
         spent = before + time.process_time() - begun
         if folder.exists():
-            write_atomically(note, f"{spent}\n")
+            distributed.write(note, f"{spent}\n")
     meta = distributed.own_copy(done.meta)
     if done.interrupted:
         sys.exit(f"stopped at meta-step {int(done.state.step)} of {name}: go on with --resume")

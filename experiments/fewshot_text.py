@@ -27,6 +27,7 @@ from jmeta.data.loader import episode_loader
 from jmeta.data.sources import DataUnavailable
 from jmeta.methods.maml import learned_start
 from jmeta.runtime import config as configuration
+from jmeta.runtime import distributed
 from jmeta.tasks.corpora import SPLITS, stdlib_passages
 from jmeta.tasks.episodes import FewShot, at_least, episodes, split_classes
 from jmeta.tasks.labelled_text import labelled_text
@@ -325,6 +326,8 @@ def run(config: Config) -> None:
         except (DataUnavailable, ValueError) as error:
             sys.exit(str(error))
     seeds = [run_seed(config, seed, tokens, clock) for seed in config.seed_list]
+    if not distributed.is_writer():
+        return  # the first tells what all have done
     write_metrics(
         config.out,
         {f"{name}, seed {s.seed}": each.history for s in seeds for name, each in s.runs.items()},

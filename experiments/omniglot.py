@@ -26,7 +26,7 @@ from jmeta.data.sources import DataUnavailable
 from jmeta.methods.maml import TaskLoss
 from jmeta.models import conv, losses
 from jmeta.runtime import config as configuration
-from jmeta.runtime import figures, report
+from jmeta.runtime import distributed, figures, report
 from jmeta.runtime.evaluate import adaptation_values
 from jmeta.runtime.statistics import mean_ci, summarise
 from jmeta.tasks.episodes import FewShot, episodes
@@ -358,6 +358,8 @@ def run(config: Config) -> None:
         more, curve = evaluate_seed(config, seed, data, trained, learned, plain)
         rows += more
         curves.append(curve)
+    if not distributed.is_writer():
+        return  # the first tells what all have done
     write_metrics(
         config.out,
         {f"{m}, seed {s}": h for m in histories

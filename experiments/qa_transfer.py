@@ -26,9 +26,9 @@ from experiments._shared import Trained, command_line, train_method
 from jmeta.core.types import MetaGradient, PyTree
 from jmeta.data.cache import cache_key
 from jmeta.data.sources import DataUnavailable
-from jmeta.files import write_atomically
 from jmeta.models import gpt2
 from jmeta.runtime import config as configuration
+from jmeta.runtime import distributed
 from jmeta.runtime.coerce import plain
 from jmeta.runtime.fit import from_function
 from jmeta.tasks import glue
@@ -306,9 +306,10 @@ def run_plan(
         [row["step"], row["eval/accuracy"]] for row in tuned.history if "eval/accuracy" in row
     ]
     found["hits"] = bench.hits(tuned.meta, sentences.test).astype(int).tolist()
-    write_atomically(file, json.dumps(found) + "\n")
-    for done in (folder / "qa", folder / "sst2"):  # a copy of the weights each
-        shutil.rmtree(done / "checkpoints", ignore_errors=True)
+    distributed.write(file, json.dumps(found) + "\n")
+    if distributed.is_writer():
+        for done in (folder / "qa", folder / "sst2"):  # a copy of the weights each
+            shutil.rmtree(done / "checkpoints", ignore_errors=True)
     return found
 
 
@@ -357,7 +358,8 @@ def run(config: Config) -> None:
     except (DataUnavailable, FileNotFoundError, ValueError) as error:
         sys.exit(str(error))
     seeds = [run_seed(config, bench, seed, each) for seed, each in cuts.items()]
-    page.write(config, seeds, bench, plans(), diversity)
+    if distributed.is_writer():
+        page.write(config, seeds, bench, plans(), diversity)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -24,9 +24,9 @@ from experiments._shared import Trained, command_line, train_method, write_metri
 from jmeta.core.types import Episode, MetaGradient, PyTree
 from jmeta.data.loader import episode_loader
 from jmeta.data.sources import DataUnavailable
-from jmeta.files import write_atomically
 from jmeta.methods.maml import learned_start
 from jmeta.runtime import config as configuration
+from jmeta.runtime import distributed
 from jmeta.tasks import reviews
 
 META = ("maml", "fomaml", "reptile", "anil", "lora_maml")
@@ -296,7 +296,7 @@ def run_seed(
                     scored.setdefault("transfer, not adapted", {})[shots] = plain
             for name, found in scoring.baselines((held_out, choice), (unseen, final)).items():
                 scored.setdefault(name, {})[shots] = found
-    write_atomically(kept, scoring.written(scored))
+    distributed.write(kept, scoring.written(scored))
     return page.Seed(seed, scored, runs)
 
 
@@ -318,6 +318,8 @@ def run(config: Config) -> None:
     seeds = [
         run_seed(config, seed, encoder, sources, curves, looks, clock) for seed in config.seed_list
     ]
+    if not distributed.is_writer():
+        return  # the first tells what all have done
     write_metrics(
         config.out,
         {f"{name}, seed {s.seed}": each.history for s in seeds for name, each in s.runs.items()},

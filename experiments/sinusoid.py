@@ -23,7 +23,7 @@ from jmeta import methods
 from jmeta.core.types import Array, Episode, Info, Key, MetaGradient, Problem, PyTree
 from jmeta.models import losses, mlp
 from jmeta.runtime import config as configuration
-from jmeta.runtime import drawing, figures, fit, report
+from jmeta.runtime import distributed, drawing, figures, fit, report
 from jmeta.runtime.evaluate import adaptation_values
 from jmeta.runtime.statistics import mean_ci, summarise
 from jmeta.tasks.sinusoid import sinusoids
@@ -48,7 +48,7 @@ class Config(configuration.RunConfig):
     test_shots: tuple[int, ...] = (5, 10)
     """Support points at test."""
     meta_batch: int = 25
-    """Tasks per meta-step and seed."""
+    """Tasks per meta-step and seed; several processes and devices need a multiple of them."""
     meta_steps: int = 30_000
     """Meta-steps of each method."""
     inner_steps: int = 5
@@ -69,8 +69,8 @@ PRESETS = {
     "demo": Config(seeds=3, meta_steps=3000, evaluate_every=250, test_tasks=600),
     "full": Config(),
     "smoke": Config(
-        seeds=2, meta_steps=30, evaluate_every=10, test_shots=(10,), validation_tasks=20,
-        test_tasks=50,
+        seeds=2, meta_batch=8, meta_steps=30, evaluate_every=10, test_shots=(10,),
+        validation_tasks=20, test_tasks=50,
     ),
 }  # fmt: skip
 
@@ -109,25 +109,26 @@ def _on_all_points(mg: MetaGradient) -> MetaGradient:
 
 
 def over_seeds(mg: MetaGradient) -> MetaGradient:
-    """Several runs at once: meta-parameters and episodes have a leading seed axis.
+    """Several runs at once: meta-parameters have a leading seed axis, episodes one behind tasks.
 
     Adam works entry by entry, so that each run is what it would be alone.
     """
 
     def estimate(meta: PyTree, state: PyTree, episodes: Episode, key: Key):
         del key  # nothing here is random
-        grads, _, info = jax.vmap(lambda m, e: mg.estimate(m, (), e, None))(meta, episodes)
+        each = jax.vmap(lambda m, e: mg.estimate(m, (), e, None), in_axes=(0, 1))
+        grads, _, info = each(meta, episodes)
         return grads, state, Info(*jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), info))
 
     return MetaGradient(lambda meta, key: (), estimate)
 
 
 def training_batches(config: Config) -> fit.Batches:
-    """Batches of each seed's tasks, ``[seeds, tasks, points, 1]``."""
+    """Batches of each seed's tasks, ``[tasks, seeds, points, 1]``: devices split the tasks."""
     sample = sinusoids(tasks=config.meta_batch, shots=config.shots, queries=config.shots)
 
     def batch(step: int) -> Episode:
-        return jax.tree.map(lambda *leaf: np.stack(leaf), *(sample(s, step) for s in seeds))
+        return jax.tree.map(lambda *leaf: np.stack(leaf, 1), *(sample(s, step) for s in seeds))
 
     seeds = config.seed_list
     return fit.from_function(batch)
@@ -352,6 +353,8 @@ def run(config: Config) -> None:
     trained, histories = {}, {}
     for name, mg in estimators(config).items():
         trained[name], histories[name] = train(config, name, mg, measure)
+    if not distributed.is_writer():
+        return  # the first tells what all have done
     trained[NONE] = initial(config)
     write_metrics(config.out, histories)
     settings = {"inner_steps": config.inner_steps, "meta_steps": config.meta_steps}

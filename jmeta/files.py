@@ -11,24 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-_left_to_others: list[Path] = []
-
-
-def leave_to_others(folder: Path | str) -> None:
-    """From now on this process writes no file below a folder: another of its program does.
-
-    Args:
-      folder: The run directory that several processes share.
-    """
-    _left_to_others.append(Path(folder).absolute())
-
 
 def write_atomically(
     path: Path | str, content: str | bytes | Callable[[IO[bytes]], object]
 ) -> Path:
     """Write a file whole or not at all: to a temporary file in the same folder, then renamed.
-
-    Below a folder that ``leave_to_others`` named nothing is written.
 
     Args:
       path: The file to write; missing parent folders are made.
@@ -45,8 +32,6 @@ def write_atomically(
       'hello'
     """
     path = Path(path)
-    if any(path.absolute().is_relative_to(folder) for folder in _left_to_others):
-        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     # Made anew, never opened, so that two writers cannot share it; as readable as any new file.
     name = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"

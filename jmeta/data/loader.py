@@ -38,7 +38,8 @@ def process_slice(batch: Any, process: tuple[int, int]) -> Any:
         if len(leaf) % count:
             raise ValueError(
                 f"the batch leaf {jax.tree_util.keystr(path) or 'batch'} has {len(leaf)} rows, "
-                f"which {count} processes cannot share equally: make the global batch a multiple"
+                f"which {count} processes cannot share equally: make the batch (its number of "
+                f"tasks) a multiple of {count}"
             )
         each = len(leaf) // count
         return leaf[index * each : (index + 1) * each]

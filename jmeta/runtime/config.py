@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
-from jmeta.files import write_atomically
 from jmeta.runtime.coerce import ConfigError, coerce, plain
 from jmeta.runtime.provenance import command_of, devices, program_of, versions
 
@@ -196,9 +195,11 @@ def dump(config: Any, out_dir: Path | str) -> Path:
       out_dir: The run directory.
 
     Returns:
-      The path of config.yaml.
+      The path of config.yaml; of several processes the first writes.
     """
     import yaml
+
+    from jmeta.runtime import distributed
 
     config = _untracked(config)
     provenance = vars(config).get(_PROVENANCE)
@@ -210,13 +211,13 @@ def dump(config: Any, out_dir: Path | str) -> Path:
         "versions": versions(),
     }
     out_dir = Path(out_dir)
-    write_atomically(out_dir / "run.json", json.dumps(run, indent=2) + "\n")
+    distributed.write(out_dir / "run.json", json.dumps(run, indent=2) + "\n")
     values = plain(config)
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     if yaml.safe_load(text) != values:
         # PyYAML does not escape a next-line character, and reads it as a line break.
         text = yaml.safe_dump(values, sort_keys=False)
-    return write_atomically(out_dir / "config.yaml", text)
+    return distributed.write(out_dir / "config.yaml", text)
 
 
 def leaves(config: Any, prefix: str = "") -> list[str]:

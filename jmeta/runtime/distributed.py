@@ -14,10 +14,13 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+
+from jmeta.files import write_atomically
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 HEARTBEAT = "JMETA_HEARTBEAT_SECONDS"
@@ -132,7 +135,21 @@ def session(*cluster: Any, **options: Any) -> Iterator[None]:
 
 def is_writer() -> bool:
     """Whether this process writes metrics, reports and figures: the first of all."""
-    return jax.process_index() == 0
+    # Asked before the processes are joined, JAX must not begin to use its devices.
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def write(path: Path | str, content: str | bytes) -> Path:
+    """Write a file that all processes would write alike: the first one does, whole or not at all.
+
+    Args:
+        path: the file.
+        content: what it holds.
+
+    Returns:
+        The path.
+    """
+    return write_atomically(path, content) if is_writer() else Path(path)
 
 
 def name() -> str:

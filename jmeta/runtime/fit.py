@@ -113,7 +113,8 @@ def fit(
             donates the state's buffers: copy what is to be kept.
         mesh: from ``parallel.make_mesh``: the tasks of each batch are split over it. ``batches``
             gives numpy arrays or arrays of one device, in each process its own part of the tasks,
-            as ``episode_loader`` and ``from_function`` do. None: of several processes, all devices.
+            as ``episode_loader`` and ``from_function`` do. None: of several processes, all devices,
+            as ``parallel.mesh_for`` lays them out.
         rules: how meta is split over the mesh, such as ``parallel.TRANSFORMER``; None: not at all.
 
     Returns:
@@ -151,7 +152,7 @@ def fit(
     seed_key = jax.random.key(key) if isinstance(key, int) else key
     state, done = init_state(schedule, outer_optimizer, meta, seed_key), 0
     if mesh is None and jax.process_count() > 1:
-        mesh = parallel.make_mesh()
+        mesh = _mesh_of_all(batches, steps)
     if mesh is not None:
         rules = parallel.REPLICATED if rules is None else rules
         shard = partial(parallel.sharded, mesh=mesh, rules=rules)
@@ -239,6 +240,20 @@ def _require(given: bool, options: Mapping[str, Any], what: str) -> None:
     for name, asked in options.items():
         if asked and not given:
             raise ValueError(f"{name} needs {what}")
+
+
+def _mesh_of_all(batches: Batches, steps: int) -> jax.sharding.Mesh:
+    """A mesh of all devices that can split the first batch; the data are put back."""
+    if not steps:
+        return parallel.make_mesh()
+    position = batches.state()
+    leaves = jax.tree.leaves(_next(batches, 0, steps))
+    batches.restore(position)
+    own = [leaf for leaf in leaves if getattr(leaf, "is_fully_addressable", True)]
+    tasks = {np.shape(leaf)[:1] for leaf in own}
+    if len(tasks) != 1 or tasks == {()}:
+        return parallel.make_mesh()
+    return parallel.mesh_for(*tasks.pop())
 
 
 def _require_one_start(state: TrainState) -> None:

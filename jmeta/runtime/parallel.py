@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,6 +42,7 @@ __all__ = [
     "Rules",
     "abstract",
     "make_mesh",
+    "mesh_for",
     "mlp",
     "place",
     "shard_episodes",
@@ -104,6 +106,39 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None =
         needed = f"a multiple of {fixed}" if -1 in sizes else str(fixed)
         raise ValueError(f"a mesh of {asked} needs {needed} devices, and there are {len(found)}")
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=found)
+
+
+def mesh_for(tasks: int) -> Mesh:
+    """All devices of all processes, on one axis if each can have as many tasks as the others.
+
+    Otherwise as many devices of each process as divide its tasks share them, and the rest repeat
+    their work, along ``tensor``: a warning says so.
+
+    Args:
+        tasks: in a batch, of this process.
+
+    Returns:
+        A mesh whose ``tasks`` axis divides the tasks.
+
+    Example:
+        >>> mesh_for(2 * jax.local_device_count()).shape["tensor"]
+        1
+    """
+    here = jax.local_device_count()
+    parts = math.gcd(tasks, here)
+    if parts == here:
+        return make_mesh()
+    processes = jax.process_count()
+    warnings.warn(
+        f"jmeta: {tasks * processes} tasks cannot be split evenly over {here * processes} devices: "
+        f"only {parts * processes} work, and the others repeat what they do. Take a multiple of "
+        f"{here * processes} tasks for each outer step",
+        stacklevel=3,
+    )
+    # A process's own devices lie together: it has the data of its own tasks alone.
+    ordered = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    grid = np.asarray(ordered, dtype=object).reshape(parts * processes, 1, here // parts)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def task_sharding(mesh: Mesh) -> NamedSharding:

@@ -21,9 +21,10 @@ def free_port():
 
 def environment(devices):
     """For a process of ``devices`` CPU devices, outside of any cluster."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    # As in conftest.py: the numbers matter here, not the speed.
+    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     return os.environ | {
-        "XLA_FLAGS": flags,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {flags}",
         "JAX_PLATFORMS": "cpu",
         "JMETA_HEARTBEAT_SECONDS": "10",
         "PYTHONPATH": str(ROOT),

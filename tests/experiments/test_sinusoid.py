@@ -89,10 +89,11 @@ def test_seeds_trained_side_by_side_are_what_each_is_alone():
     moved = stepped(meta, together)
     losses = []
     for seed in range(2):
-        alone = jax.tree.map(lambda leaf, seed=seed: leaf[seed], (meta, episodes))
-        grads, _, each = alone_estimate(alone[0], Episode(*alone[1]))
+        start = jax.tree.map(lambda leaf, seed=seed: leaf[seed], meta)
+        its_own = jax.tree.map(lambda leaf, seed=seed: leaf[:, seed], episodes)
+        grads, _, each = alone_estimate(start, Episode(*its_own))
         losses.append(float(each.loss))
-        expected = stepped(alone[0], grads)
+        expected = stepped(start, grads)
         for got, want in zip(jax.tree.leaves(moved), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(got[seed], want, rtol=1e-5, atol=2e-6)
     assert float(info.loss) == pytest.approx(np.mean(losses), rel=1e-6)

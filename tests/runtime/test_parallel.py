@@ -81,6 +81,19 @@ def test_a_mesh_takes_what_is_left():
     assert make_mesh(MeshConfig(), jax.devices()[:2]).devices.size == 2
 
 
+def test_devices_that_tasks_cannot_be_split_over_repeat_their_work():
+    assert make_mesh(MeshConfig()) == parallel.mesh_for(TASKS)
+    with pytest.warns(UserWarning, match="12 tasks .* over 8 devices: only 4 work.*multiple of 8"):
+        mesh = parallel.mesh_for(12)
+    assert dict(mesh.shape) == {"tasks": 4, "fsdp": 1, "tensor": 2}
+    x = parallel.shard_episodes(mesh, np.arange(12))
+    assert [shard.data.tolist() for shard in x.addressable_shards[:3]] == [
+        [0, 1, 2],
+        [0, 1, 2],
+        [3, 4, 5],
+    ]
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [
