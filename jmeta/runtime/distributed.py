@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from jmeta.files import write_atomically
+from jmeta.runtime.watch import watched
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 HEARTBEAT = "JMETA_HEARTBEAT_SECONDS"
@@ -98,7 +99,7 @@ def initialize(
         _sign_logs()
         # A process whose reduction never returns is ended by JAX's client, which knows no advice.
         print(
-            f"jmeta: {name()}. If one dies, the others end within some {heartbeat} s: {_ADVICE}",
+            f"jmeta: {name()}. If one dies, the others end within {heartbeat} s: {_ADVICE}",
             file=sys.stderr,
             flush=True,
         )
@@ -110,7 +111,8 @@ def session(*cluster: Any, **options: Any) -> Iterator[None]:
 
     A process that fails would wait at its end for all others, and they in their next reduction for
     it. In this block it tells them, waits a few seconds for what they know, says which process is
-    gone, and ends with a status that is not zero.
+    gone, and ends with a status that is not zero. So it does, in some seconds, when another one
+    is killed, whatever it waits for itself.
 
     Args:
         *cluster: coordinator, processes and process, as for ``initialize``.
@@ -122,15 +124,16 @@ def session(*cluster: Any, **options: Any) -> Iterator[None]:
         True
     """
     initialize(*cluster, **options)
-    try:
-        yield
-    except BaseException as error:
-        if jax.process_count() == 1 or (isinstance(error, SystemExit) and not error.code):
-            raise
-        missing, told = _farewells(error)
-        if not missing and len(set(told.values())) == 1:
-            raise  # all of them say the same: they can end in good order
-        _leave(error, missing, told)
+    with _watched(*cluster):
+        try:
+            yield
+        except BaseException as error:
+            if jax.process_count() == 1 or (isinstance(error, SystemExit) and not error.code):
+                raise
+            missing, told = _farewells(error)
+            if not missing and len(set(told.values())) == 1:
+                raise  # all of them say the same: they can end in good order
+            _leave(error, missing, told)
 
 
 def is_writer() -> bool:
@@ -291,6 +294,35 @@ def _sign_logs() -> None:
     logging.setLogRecordFactory(record)
 
 
+def _watched(
+    coordinator: str | None = None, *cluster: Any
+) -> contextlib.AbstractContextManager[None]:
+    """Around a session: end, when another process is killed, even if this one waits for ever."""
+    del cluster
+    if jax.process_count() == 1:
+        return contextlib.nullcontext()
+    from orbax.checkpoint import multihost
+
+    def gone(process: int) -> None:
+        # Whoever finds it in a reduction knows more, tells it, and leaves by itself.
+        time.sleep(_PATIENCE + 2)
+        told = {jax.process_index(): ""}
+        with contextlib.suppress(Exception):
+            told |= _told(multihost.get_jax_distributed_client())
+        _leave(ConnectionError(f"process {process} is gone"), [process], told)
+
+    host = (coordinator or os.environ.get(ADDRESS) or "").rpartition(":")[0].strip("[]")
+    client = multihost.get_jax_distributed_client()
+    return watched(client, jax.process_index(), jax.process_count(), host or None, gone)
+
+
+def _told(client: Any) -> dict[int, str]:
+    """What the processes that failed have said."""
+    return {
+        int(key.rpartition("/")[2]): reason for key, reason in client.key_value_dir_get(_FAREWELLS)
+    }
+
+
 def _farewells(error: BaseException) -> tuple[list[int], dict[int, str]]:
     """Tell the others why this process fails, and hear what they say: who does not, and who what.
 
@@ -306,8 +338,7 @@ def _farewells(error: BaseException) -> tuple[list[int], dict[int, str]]:
         client = multihost.get_jax_distributed_client()
         client.key_value_set(f"{_FAREWELLS}{jax.process_index()}", _reason(error))
         while len(told) < len(everyone) and time.monotonic() < end:
-            for key, reason in client.key_value_dir_get(_FAREWELLS):
-                told[int(key.rpartition("/")[2])] = reason
+            told |= _told(client)
             time.sleep(0.1)
         if is_writer():
             time.sleep(0.5)  # the coordinator ends with this process: let the others read

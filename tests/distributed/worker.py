@@ -59,6 +59,8 @@ class Noted:
 
     def restore(self, step):
         self.batches.restore(step)
+        for later in [each for each in self.given if each >= step]:
+            del self.given[later]  # fit looks at a batch before it begins
 
 
 def bits(tree):
