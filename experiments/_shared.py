@@ -16,6 +16,7 @@ from jmeta.files import write_atomically
 from jmeta.runtime import checkpoint, distributed, fit, train
 from jmeta.runtime import config as configuration
 from jmeta.runtime.cache import use_compilation_cache
+from jmeta.runtime.coerce import plain
 
 _CPU = "cpu_seconds"
 
@@ -55,6 +56,37 @@ def command_line(
                 run(tracked)
         else:  # which reports nothing, and so does not read all of the configuration
             run(config)
+
+
+def record(config: Any, *free: str) -> None:
+    """Write what a run was asked for, unless the folder holds one that was asked for other things.
+
+    Otherwise what is there already, trained or scored under other settings, would go on as a part
+    of this run.
+
+    Args:
+        config: a ``RunConfig``.
+        *free: fields that may change between a run and its continuation, beside ``out`` and
+            ``resume``: those that change no number that is kept.
+    """
+    import yaml
+
+    kept = config.out / "config.yaml"
+    if kept.exists() and any(config.out.rglob("metrics.jsonl")):  # something was trained
+        before, now = yaml.safe_load(kept.read_text(encoding="utf-8")), configuration.values(config)
+        ignored = {"out", "resume", *free}
+        changed = [
+            f"{name} {before.get(name)!r}, now {now.get(name)!r}"
+            for name in dict.fromkeys([*before, *now])
+            if name not in ignored and before.get(name) != now.get(name)
+        ]
+        if changed:
+            sys.exit(
+                f"{config.out} was made with other settings ({'; '.join(changed)}): choose another "
+                "--out"
+            )
+        plain(config)  # all count as read: what is complete is not asked for them again
+    configuration.dump(config, config.out)
 
 
 def train_method(

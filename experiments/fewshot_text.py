@@ -21,7 +21,7 @@ import jmeta
 from experiments import _fewshot_model as model
 from experiments import _fewshot_report as page
 from experiments import _fewshot_scoring as scoring
-from experiments._shared import Trained, command_line, train_method, write_metrics
+from experiments._shared import Trained, command_line, record, train_method, write_metrics
 from jmeta.core.types import Episode, MetaGradient, PyTree
 from jmeta.data.loader import episode_loader
 from jmeta.data.sources import DataUnavailable
@@ -318,7 +318,7 @@ def costs(config: Config, seed: page.Seed) -> list[Any]:
 
 def run(config: Config) -> None:
     """Train, score, and write the run directory."""
-    configuration.dump(config, config.out)
+    record(config, "seeds", "first_seed")
     clock, begun = scoring.Clock(), (time.perf_counter(), time.process_time())
     with clock("text and tokeniser"):
         try:

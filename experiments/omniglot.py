@@ -18,7 +18,14 @@ import numpy as np
 import optax
 
 import jmeta
-from experiments._shared import Trained, command_line, learning_curve, train_method, write_metrics
+from experiments._shared import (
+    Trained,
+    command_line,
+    learning_curve,
+    record,
+    train_method,
+    write_metrics,
+)
 from jmeta import methods
 from jmeta.core.types import Array, Episode, Key, Problem, PyTree
 from jmeta.data.loader import episode_loader
@@ -341,7 +348,7 @@ def draw_figures(
 
 def run(config: Config) -> None:
     """Train, evaluate, and write the run directory."""
-    configuration.dump(config, config.out)
+    record(config, "seeds", "first_seed")
     try:
         data = omniglot()
     except DataUnavailable as error:

@@ -22,14 +22,12 @@ from experiments import _qa_data as data
 from experiments import _qa_model as model
 from experiments import _qa_report as page
 from experiments._qa_data import SOURCES
-from experiments._shared import Trained, command_line, train_method
+from experiments._shared import Trained, command_line, record, train_method
 from jmeta.core.types import MetaGradient, PyTree
-from jmeta.data.cache import cache_key
 from jmeta.data.sources import DataUnavailable
 from jmeta.models import gpt2
 from jmeta.runtime import config as configuration
 from jmeta.runtime import distributed
-from jmeta.runtime.coerce import plain
 from jmeta.runtime.fit import from_function
 from jmeta.tasks import glue
 from jmeta.tasks.text import Example
@@ -283,16 +281,16 @@ def run_plan(
 ) -> dict[str, Any]:
     """One intermediate training and what came of it, read from the run folder where it is done."""
     folder = config.out / "plans" / f"{number:02d}-{seed}"
-    file, key = folder / "scored.json", settings_key(config)
+    file = folder / "scored.json"
     if file.exists():
         if not config.resume:
             sys.exit(f"{config.out} holds a run already: add --resume, or choose another --out")
         found = json.loads(file.read_text(encoding="utf-8"))
-        if found["settings"] != key or found["name"] != plan.name:
-            sys.exit(f"{folder} was made with other settings: choose another --out")
+        if found["name"] != plan.name:
+            sys.exit(f"{folder} holds {found['name']!r}, not {plan.name!r}: choose another --out")
         return found
     params: PyTree = bench.start.params
-    found = {"settings": key, "name": plan.name, "positions": 0, "tokens": 0, "seconds": 0.0}
+    found = {"name": plan.name, "positions": 0, "tokens": 0, "seconds": 0.0}
     if plan.kind != "none":
         mg, outer, sample, steps = intermediate(config, bench, plan, seed)
         found["positions"], found["tokens"] = data.counted(sample, steps)
@@ -311,13 +309,6 @@ def run_plan(
         for done in (folder / "qa", folder / "sst2"):  # a copy of the weights each
             shutil.rmtree(done / "checkpoints", ignore_errors=True)
     return found
-
-
-def settings_key(config: Config) -> str:
-    """A name for all settings that change a number."""
-    values: Any = plain(config)
-    skipped = ("out", "resume", "seeds", "first_seed", "diversity")
-    return cache_key(**{k: v for k, v in values.items() if k not in skipped})
 
 
 def cut(config: Config, bench: Bench, seed: int) -> data.Sentiment:
@@ -350,7 +341,7 @@ def run_seed(config: Config, bench: Bench, seed: int, sentences: data.Sentiment)
 
 def run(config: Config) -> None:
     """Train, score, and write the run directory."""
-    configuration.dump(config, config.out)
+    record(config, "seeds", "first_seed", "diversity")
     try:
         diversity = page.read_diversity(config.diversity, list(SOURCES))
         bench = prepare(config)

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 import jmeta
-from experiments._shared import command_line, learning_curve, train_method, write_metrics
+from experiments._shared import command_line, learning_curve, record, train_method, write_metrics
 from jmeta import methods
 from jmeta.core.types import Array, Episode, Info, Key, MetaGradient, Problem, PyTree
 from jmeta.models import losses, mlp
@@ -343,7 +343,7 @@ def train(
 
 def run(config: Config) -> None:
     """Train, evaluate, and write the run directory."""
-    configuration.dump(config, config.out)
+    record(config)
     held_out = tasks(config.validation_tasks, config.shots, VALIDATION)
     rates = jnp.full(config.seeds, config.inner_lr)
 

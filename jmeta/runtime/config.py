@@ -184,6 +184,16 @@ def unused_keys(config: Any) -> list[str]:
     return [key for key in (provenance.explicit if provenance else ()) if key not in noted]
 
 
+def values(config: Any) -> dict[str, Any]:
+    """All fields as YAML holds them; inside `track`, none of them counts as read.
+
+    Example:
+      >>> values(RunConfig(seeds=2))["seeds"]
+      2
+    """
+    return cast(Any, plain(_untracked(config)))
+
+
 def dump(config: Any, out_dir: Path | str) -> Path:
     """Write config.yaml and run.json, which say how to repeat a run.
 
@@ -212,11 +222,11 @@ def dump(config: Any, out_dir: Path | str) -> Path:
     }
     out_dir = Path(out_dir)
     distributed.write(out_dir / "run.json", json.dumps(run, indent=2) + "\n")
-    values = plain(config)
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    if yaml.safe_load(text) != values:
+    fields = values(config)
+    text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+    if yaml.safe_load(text) != fields:
         # PyYAML does not escape a next-line character, and reads it as a line break.
-        text = yaml.safe_dump(values, sort_keys=False)
+        text = yaml.safe_dump(fields, sort_keys=False)
     return distributed.write(out_dir / "config.yaml", text)
 
 

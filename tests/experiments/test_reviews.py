@@ -92,6 +92,20 @@ def test_transfer_takes_exactly_mamls_gradient_evaluations(smoke):
         dataclasses.replace(config, transfer_batch=9)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"test_episodes": 0}, "test_episodes is at least 1, got 0"),
+        ({"test_shots": (0,)}, "test_shots and test_queries is at least 1"),
+        ({"test_shots": (4, 8)}, "give as many of each"),
+        ({"adapt_steps": (1, 2)}, "begin with 0"),
+    ],
+)
+def test_settings_without_a_meaning_are_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(experiment.PRESETS["smoke"], **change)
+
+
 def test_the_block_read_at_the_first_position_is_the_block_with_its_derivatives(x64):
     config = bert.BertConfig(vocab=11, width=12, layers=1, heads=3, max_len=7)
     keys = jax.random.split(jax.random.key(0), 4)
