@@ -334,9 +334,8 @@ def test_one_device_equals_eight_in_float32(name, single):
 
 
 def test_one_device_equals_eight_in_float64_with_adam(x64):
-    mg = jmeta.over_tasks(jmeta.first_order(PROBLEM, 3), microbatch=1)
-    one = run(None, optax.adam(0.01), mg=mg)
-    eight = run(MESHES["fsdp"], optax.adam(0.01), mg=mg)
+    one = run(None, optax.adam(0.01))
+    eight = run(MESHES["fsdp"], optax.adam(0.01))
     np.testing.assert_allclose(losses(eight), losses(one), rtol=1e-10)
     assert relative_error(on_host(eight.meta), on_host(one.meta)) < 1e-10
 
