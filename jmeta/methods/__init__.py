@@ -17,6 +17,7 @@ from jmeta.methods.rewriting import (
     inputs_only,
     masks_only,
     straight_through,
+    unevaluated,
     without,
 )
 from jmeta.methods.students import (
@@ -84,5 +85,6 @@ __all__ = [
     "soft_teacher",
     "straight_through",
     "two_head_loss",
+    "unevaluated",
     "without",
 ]

@@ -191,6 +191,23 @@ def expected(scores: Array, key: Key) -> Array:
     return jax.nn.softmax(scores, axis=-1)
 
 
+def unevaluated(scores: Any, key: Key) -> Any:
+    """``expected`` for a teacher that returns its distribution in a form the student evaluates.
+
+    Such as ``models.masked_lm.write_factors``, which is never multiplied out: then no pass holds
+    a distribution over the vocabulary for all tokens at once.
+
+    Args:
+        scores: anything.
+        key: not used.
+
+    Returns:
+        ``scores`` as they are.
+    """
+    del key
+    return scores
+
+
 def straight_through(scores: Array, key: Key) -> Array:
     r"""A draw, differentiated as if it were the distribution.
 

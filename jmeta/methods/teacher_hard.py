@@ -157,7 +157,8 @@ def hard_teacher(
     Returns:
         A ``MetaGradient`` for meta = the teacher's parameters, with a ``TeacherState``; it needs a
         random key. Episodes and diagnostics as in ``soft_teacher``, and ``coefficient`` and
-        ``baseline``, their means, and ``coefficient_spread``, the standard deviation.
+        ``baseline``, their means, and ``coefficient_spread``, the standard deviation. An
+        unlabelled batch may bring what was drawn for it, ``drawn``: ``{head: int [...]}``.
 
     Raises:
         ValueError: an unknown coefficient; when called, no key, or ``leave_one_out`` alone.
@@ -179,8 +180,9 @@ def hard_teacher(
             draw_key, unroll_key = jax.random.split(_given(key))
 
             def written(batch: Batch, key: Key) -> tuple[PyTree, Batch]:
-                scores = rewriting.scores(meta, batch, None)
-                drawn = of_heads(draw, scores, key)
+                drawn = batch.get("drawn")
+                if drawn is None:
+                    drawn = of_heads(draw, rewriting.scores(meta, batch, None), key)
                 return drawn, rewriting.write(drawn, batch)
 
             drawn, pseudo = _each_step(written, episode.support, draw_key)

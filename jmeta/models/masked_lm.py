@@ -158,7 +158,7 @@ def init_scorer(config: TransformerConfig, key: Array, share: float = 0.15) -> P
     return {**init_body(config, body), "score": score}
 
 
-def embed(table: Array, tokens: Any) -> Array:
+def embed(table: Array, tokens: Any, chunk: int | None = None) -> Array:
     r"""Rows of the embedding for tokens, or their mean under a distribution.
 
     .. math:: r_i = E_{x_i}, \qquad r_i = \sum_v p_{iv} E_v,
@@ -167,7 +167,10 @@ def embed(table: Array, tokens: Any) -> Array:
     Args:
         table: ``[vocab, width]``.
         tokens: int ``[..., time]``; or a float distribution ``[..., time, vocab]``; or a mixture
-            of a few tokens, ``{"ids" int [..., time, k], "shares" float [..., time, k]}``.
+            of a few tokens, ``{"ids" int [..., time, k], "shares" float [..., time, k]}``; or a
+            distribution that is not multiplied out, as ``write_factors`` returns it.
+        chunk: of a distribution that is not multiplied out, so many entries of the vocabulary, as
+            a mean over all tokens, exist at a time; None: all.
 
     Returns:
         ``[..., time, width]``. No gradient reaches the row of [PAD].
@@ -178,9 +181,10 @@ def embed(table: Array, tokens: Any) -> Array:
         >>> bool((soft == hard).all())
         True
     """
-    is_pad = (jnp.arange(table.shape[0]) == PAD)[:, None]
-    table = jnp.where(is_pad, jax.lax.stop_gradient(table), table)
-    return _rows(table, tokens)
+    (rows,), of_pad = _lookup((table,), tokens, chunk)
+    # The row of [PAD] is put in again as a constant, which needs no copy of the table.
+    constant = jax.lax.stop_gradient(table[PAD]) - table[PAD]
+    return rows + of_pad[..., None] * constant.reshape((1,) * of_pad.ndim + (-1,))
 
 
 def states(config: TransformerConfig, params: Params, batch: Batch, key: Key = None) -> Array:
@@ -258,9 +262,12 @@ def loss(
         True
     """
     labels, weights = batch["labels"], batch["weights"]
-    transformed = _transformed(config, params["head"], states(config, params, batch, key))
+    rows = embed(params["embed"]["tokens"], batch["tokens"], chunk)
+    body = transformer.trunk(config, params, rows, batch.get("mask"), key)
+    transformed = _transformed(config, params["head"], body)
     table, bias = params["embed"]["tokens"], params["head"]["bias"]
-    targets, picked = _rows(table, labels), _rows(bias[:, None], labels)[..., 0]
+    (targets, picked), _ = _lookup((table, bias[:, None]), labels, chunk)
+    picked = picked[..., 0]
     if transformed.shape[:-1] != weights.shape or targets.shape[:-1] != weights.shape:
         raise ValueError(
             f"the batch has tokens {transformed.shape[:-1]}, labels {targets.shape[:-1]} and "
@@ -292,6 +299,34 @@ def write(
     return {"inputs": scores(params["inputs"]), "labels": scores(params["labels"])}
 
 
+def write_factors(
+    config: TransformerConfig, params: Params, batch: Batch, key: Key = None
+) -> dict[str, Params]:
+    """The teacher's distributions, not multiplied out: states and the table they are scored by.
+
+    ``loss`` with ``chunk`` evaluates them a few tokens at a time, so that no pass of a soft
+    teacher's gradient holds ``[tokens, vocab]`` entries; each pass computes them anew.
+
+    Args:
+        config: the shape.
+        params: of ``init_teacher``.
+        batch: as ``states`` takes it.
+        key: drives dropout; None is deterministic.
+
+    Returns:
+        ``inputs`` and ``labels``, both ``{"states" [..., time, width], "table", "bias"}``, which
+        stand for ``softmax(states @ table.T + bias)``. Of [PAD], which is no class, the
+        probability is zero.
+    """
+    body = states(config, params, batch, key)
+
+    def factors(head: Params) -> Params:
+        bias = jnp.where(jnp.arange(config.vocab) == PAD, blocks.MASKED, head["bias"])
+        return {"states": _transformed(config, head, body), "table": head["table"], "bias": bias}
+
+    return {"inputs": factors(params["inputs"]), "labels": factors(params["labels"])}
+
+
 def score(config: TransformerConfig, params: Params, batch: Batch, key: Key = None) -> Array:
     """The log-odds that each position is masked.
 
@@ -307,15 +342,45 @@ def score(config: TransformerConfig, params: Params, batch: Batch, key: Key = No
     return blocks.linear(states(config, params, batch, key), params["score"])[..., 0]
 
 
-def _rows(table: Array, tokens: Any) -> Array:
+def _lookup(
+    tables: tuple[Array, ...], tokens: Any, chunk: int | None
+) -> tuple[tuple[Array, ...], Array]:
+    """Rows of tables ``[vocab, width]`` for what ``embed`` takes, and the probability of [PAD]."""
+    if isinstance(tokens, Mapping) and "ids" in tokens:
+        shares = tokens["shares"].astype(tables[0].dtype)
+        rows = [jnp.take(table, tokens["ids"], axis=0, mode="clip") for table in tables]
+        found = tuple((shares[..., None] * each).sum(-2) for each in rows)
+        return found, jnp.where(tokens["ids"] == PAD, shares, 0).sum(-1)
     if isinstance(tokens, Mapping):
-        shares = tokens["shares"].astype(table.dtype)
-        rows = jnp.take(table, tokens["ids"], axis=0, mode="clip")
-        return (shares[..., None] * rows).sum(-2)
+        return _evaluated(tables, tokens, chunk)
     if jnp.issubdtype(tokens.dtype, jnp.integer):
-        return jnp.take(table, tokens, axis=0, mode="clip")
-    flat = tokens.reshape(-1, tokens.shape[-1]).astype(table.dtype)
-    return (flat @ table).reshape(*tokens.shape[:-1], table.shape[-1])
+        found = tuple(jnp.take(table, tokens, axis=0, mode="clip") for table in tables)
+        return found, (tokens == PAD).astype(tables[0].dtype)
+    flat = tokens.reshape(-1, tokens.shape[-1]).astype(tables[0].dtype)
+    rows = ((flat @ table).reshape(*tokens.shape[:-1], table.shape[-1]) for table in tables)
+    return tuple(rows), tokens[..., PAD].astype(tables[0].dtype)
+
+
+def _evaluated(
+    tables: tuple[Array, ...], factors: Mapping[str, Array], chunk: int | None
+) -> tuple[tuple[Array, ...], Array]:
+    """``_lookup`` of a distribution that is not multiplied out, some tokens at a time."""
+    states, weights, bias = factors["states"], factors["table"], factors["bias"]
+    lead, vocab = states.shape[:-1], weights.shape[0]
+    flat = states.reshape(-1, states.shape[-1])
+
+    def some(flat: Array) -> tuple[tuple[Array, ...], Array]:
+        p = jax.nn.softmax(heads.unembed(flat, weights) + bias[None], axis=-1)
+        return tuple(p @ table for table in tables), p[:, PAD]
+
+    # As many entries as a chunk of the vocabulary has over all tokens: whole rows, so that each
+    # row's softmax is taken at once.
+    each = len(flat) if chunk is None else max(1, len(flat) * chunk // vocab)
+    while len(flat) % each:
+        each -= 1
+    one = jax.checkpoint(some, prevent_cse=False)
+    parts = jax.lax.map(one, flat.reshape(-1, each, flat.shape[-1]))
+    return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[2:]), parts)
 
 
 def _embedding(key: Array, config: TransformerConfig) -> Array:
