@@ -220,6 +220,7 @@ def fit(
                 log.write(row)
                 bar.report(done, row)
             if saved:
+                log.settle()  # no checkpoint is later than the rows that lead to it
                 position = {"position": batches.state()}
                 checkpoint.save(manager, done, now.state, extra=position, metrics=scores)
             bar.advance(done)

@@ -25,10 +25,12 @@ class MetricsLog(NamedTuple):
 
     Attributes:
         write: ``(row) -> None``; ``row`` has ``"step"`` and scalars.
+        settle: ``() -> None``: what was written survives the machine.
         close: ``() -> None``.
     """
 
     write: Callable[[Mapping[str, Any]], None]
+    settle: Callable[[], None]
     close: Callable[[], None]
 
 
@@ -40,10 +42,10 @@ def open_log(out: str | os.PathLike | None, step: int) -> MetricsLog:
         step: what was restored; later rows of an interrupted run are dropped.
 
     Returns:
-        Two functions.
+        Three functions.
     """
     if out is None:
-        return MetricsLog(lambda row: None, lambda: None)
+        return MetricsLog(lambda row: None, lambda: None, lambda: None)
     out = pathlib.Path(out)
     cut_back(out / FILE, step)
     file = open(out / FILE, "a")  # noqa: SIM115  (closed by close)
@@ -59,12 +61,18 @@ def open_log(out: str | os.PathLike | None, step: int) -> MetricsLog:
                     name = key if "/" in key else f"train/{key}"
                     board.add_scalar(name, value, row["step"])
 
+    def settle() -> None:
+        nonlocal file
+        os.fsync(file.fileno())
+        file.close()  # a mounted bucket has what was written when the file is closed, not before
+        file = open(out / FILE, "a")  # noqa: SIM115
+
     def close() -> None:
         file.close()
         if board is not None:
             board.close()
 
-    return MetricsLog(write, close)
+    return MetricsLog(write, settle, close)
 
 
 def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:

@@ -2,18 +2,15 @@
 
 import errno
 import json
-import pathlib
 import resource
 import subprocess
 import sys
 import textwrap
-from collections import namedtuple
 
 import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import optax
 import pytest
@@ -21,8 +18,6 @@ from hypothesis.extra import numpy as hnp
 
 from jmeta.runtime import checkpoint
 from jmeta.runtime.train import TrainState
-
-DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16, np.int32, np.uint8, np.bool_, np.int8]
 
 
 def state(seed=0, width=5):
@@ -261,121 +256,3 @@ def test_a_full_disk_is_reported_with_the_folder(tmp_path, monkeypatch):
         with pytest.raises(checkpoint.CheckpointError, match=r"step 2 .*/c: .*No space .* 1 is"):
             checkpoint.save(manager, 2, state(2))
         assert_same(checkpoint.restore(manager, state()).tree, state(1))
-
-
-arrays = st.sampled_from(DTYPES).flatmap(
-    lambda dtype: hnp.arrays(
-        np.uint8, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)
-    ).map(lambda array: array.astype(dtype))
-)
-names = st.text("abc.é", min_size=1, max_size=3)
-trees = st.dictionaries(names, st.recursive(arrays, lambda leaf: st.dictionaries(names, leaf)))
-
-
-@hypothesis.settings(max_examples=25, deadline=None)
-@hypothesis.given(tree=trees, notes=st.dictionaries(st.text(), st.integers() | st.text()))
-def test_parameters_round_trip(tmp_path_factory, tree, notes):
-    path = tmp_path_factory.mktemp("p") / "user.safetensors"
-    checkpoint.save_params(path, tree, notes)
-    found, found_notes = checkpoint.load_params(path)
-    assert_same(found, tree)
-    assert found_notes == notes
-    assert [each.name for each in path.parent.iterdir()] == [path.name]
-
-
-def test_strided_arrays_are_saved_as_they_read(tmp_path):
-    array = np.arange(12.0, dtype=np.float32).reshape(3, 4)
-    checkpoint.save_params(tmp_path / "p", {"t": array.T, "s": array[:, ::2], "r": array[::-1]})
-    found, _ = checkpoint.load_params(tmp_path / "p")
-    np.testing.assert_array_equal(found["t"], array.T)
-    np.testing.assert_array_equal(found["s"], array[:, ::2])
-    np.testing.assert_array_equal(found["r"], array[::-1])
-
-
-def test_adapt_save_load_predict(tmp_path):
-    """One user's model: the loaded one predicts what the adapted one does, bit for bit."""
-    x = jax.random.normal(jax.random.key(0), (20, 4))
-    y = jnp.sum(x, axis=1)
-
-    def predict(params, x):
-        return jnp.tanh(x @ params["hidden"]["kernel"]) @ params["out"]
-
-    params = {"hidden": {"kernel": jnp.eye(4)}, "out": jnp.ones(4)}
-    for _ in range(5):
-        grads = jax.grad(lambda params: jnp.mean((predict(params, x) - y) ** 2))(params)
-        params = jax.tree.map(lambda leaf, grad: leaf - 0.1 * grad, params, grads)
-    checkpoint.save_params(tmp_path / "ann", params, {"user": "ann", "inner_steps": 5})
-    loaded, notes = checkpoint.load_params(tmp_path / "ann")
-    assert notes == {"user": "ann", "inner_steps": 5}
-    assert predict(params, x).tobytes() == predict(loaded, x).tobytes()
-
-
-@pytest.mark.parametrize(
-    ("tree", "error", "words"),
-    [
-        ({"a": {"b": [jnp.ones(1)]}}, TypeError, r"'a/b' is a list.*turn lists and tuples"),
-        ({"a": (jnp.ones(1),)}, TypeError, "'a' is a tuple"),
-        ({"a": "text"}, TypeError, "'a' is a str.*metadata"),
-        ({"a": namedtuple("Pair", "w b")(1, 2)}, TypeError, "'a' is a Pair"),
-        ({"a": jax.random.key(0)}, TypeError, "'a' is a PRNG key.*key_data"),
-        ({"a": {0: jnp.ones(1)}}, TypeError, "under 'a' is the key 0"),
-        ({"a/b": jnp.ones(1)}, ValueError, "key 'a/b'"),
-        (jnp.ones(1), TypeError, "the whole tree"),
-    ],
-)
-def test_what_a_parameter_file_cannot_hold_is_named(tmp_path, tree, error, words):
-    with pytest.raises(error, match=words):
-        checkpoint.save_params(tmp_path / "p", tree)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("keep", [0, 4, 100, -1])
-def test_a_truncated_parameter_file_is_said(tmp_path, keep):
-    path = tmp_path / "p"
-    checkpoint.save_params(path, {"w": jnp.arange(100.0)})
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"/p is not a whole safetensors file"):
-        checkpoint.load_params(path)
-
-
-def test_a_flipped_bit_in_a_parameter_file_is_said(tmp_path):
-    path = tmp_path / "p"
-    checkpoint.save_params(path, {"w": jnp.arange(100.0)})
-    content = bytearray(path.read_bytes())
-    content[-10] ^= 4
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match="checksum"):
-        checkpoint.load_params(path)
-
-
-def test_a_file_from_elsewhere_loads_too(tmp_path):
-    from safetensors.numpy import save_file
-
-    save_file({"a.b": np.ones(2, np.float32)}, tmp_path / "p", metadata={"format": "pt"})
-    tree, notes = checkpoint.load_params(tmp_path / "p")
-    assert tree["a.b"].tolist() == [1.0, 1.0]
-    assert notes == {"format": "pt"}
-    with pytest.raises(FileNotFoundError, match="no parameter file"):
-        checkpoint.load_params(tmp_path / "absent")
-
-
-def test_float64_parameters_narrow_with_a_warning(tmp_path):
-    checkpoint.save_params(tmp_path / "p", {"w": np.array([0.1])})
-    with pytest.warns(UserWarning, match=r"64-bit arrays \(w\)"):
-        assert checkpoint.load_params(tmp_path / "p")[0]["w"].dtype == jnp.float32
-    with jax.enable_x64(True):
-        assert checkpoint.load_params(tmp_path / "p")[0]["w"].tolist() == [0.1]
-
-
-def test_a_full_disk_leaves_the_old_parameter_file(tmp_path, monkeypatch):
-    path = pathlib.Path(tmp_path / "p")
-    checkpoint.save_params(path, {"w": jnp.ones(3)})
-
-    def full(handle):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match=r"/p could not be written: No space left"):
-        checkpoint.save_params(path, {"w": jnp.zeros(3)})
-    assert checkpoint.load_params(path)[0]["w"].tolist() == [1.0, 1.0, 1.0]
-    assert [each.name for each in tmp_path.iterdir()] == ["p"]
