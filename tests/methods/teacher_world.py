@@ -1,0 +1,110 @@
+"""A world of three words and two positions: small enough to enumerate, with a student of 21."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jmeta import Episode
+from jmeta.methods import Student, inputs_and_labels
+
+VOCAB, TIME, WIDTH = 3, 2, 3
+
+
+def rows(table, tokens):
+    if isinstance(tokens, dict):
+        return jnp.einsum("...k,...kd->...d", tokens["shares"], table[tokens["ids"]])
+    if jnp.issubdtype(tokens.dtype, jnp.integer):
+        return table[tokens]
+    return tokens @ table
+
+
+def loss(params, batch, key):
+    """Cross-entropy of every position, which sees itself and the mean of the others."""
+    del key
+    x = rows(params["embed"], batch["tokens"])
+    mask = batch["mask"][..., None]
+    mean = (x * mask).sum(-2, keepdims=True) / mask.sum(-2, keepdims=True)
+    scores = jnp.tanh(x + 0.5 * mean) @ params["out"]
+    log_p = jax.nn.log_softmax(scores, axis=-1)
+    target = batch["labels"]
+    if jnp.issubdtype(target.dtype, jnp.integer):
+        target = jax.nn.one_hot(target, VOCAB, dtype=log_p.dtype)
+    weights = batch["weights"]
+    total = weights.sum()
+    each = -(target * log_p).sum(-1)
+    return (each * weights).sum() / jnp.where(total == 0, 1, total), {"tokens": total}
+
+
+def start(key=None):
+    del key
+    grid = jnp.linspace(-1.0, 1.0, VOCAB * WIDTH).reshape(VOCAB, WIDTH)
+    return {"embed": jnp.sin(3 * grid), "out": jnp.cos(2 * grid.T)}
+
+
+def student(optimizer=None, **fields):
+    return Student(loss, start, optimizer or optax.sgd(0.3), optax.sgd(0.2), **fields)
+
+
+def teacher(meta, batch, key):
+    """A table of scores for each token, one for each head."""
+    del key
+    return {name: meta[name][batch["tokens"]] for name in meta}
+
+
+def teacher_params(scale=1.0):
+    keys = jax.random.split(jax.random.key(3))
+    names = ("inputs", "labels")
+    return {
+        n: scale * jax.random.normal(k, (VOCAB, VOCAB)) for n, k in zip(names, keys, strict=True)
+    }
+
+
+BOTH = inputs_and_labels(teacher)
+
+
+def text(*lead, seed=0, time=TIME):
+    tokens = np.random.default_rng(seed).integers(0, VOCAB, (*lead, time)).astype(np.int32)
+    return {"tokens": tokens, "mask": np.ones(tokens.shape)}
+
+
+def labelled(*lead, seed=0):
+    labels = text(*lead, seed=seed + 100)["tokens"]
+    weights = np.random.default_rng(seed + 200).random(labels.shape) + 0.1
+    return {**text(*lead, seed=seed), "labels": labels, "weights": weights}
+
+
+def episodes(micro=2, tasks=2, examples=2, unlabelled=None):
+    """Micro-batches of texts, each with labelled tasks of its own."""
+    found = text(micro, examples) if unlabelled is None else unlabelled
+    tasks_of = (labelled(micro, tasks, examples, seed=s) for s in (1, 2))
+    return Episode(found, Episode(*tasks_of))
+
+
+def outcomes(places):
+    """Every way to fill so many places, ``[3 ** places, places]``."""
+    return np.asarray(list(itertools.product(range(VOCAB), repeat=places)), np.int32)
+
+
+def scored(params, episode, rate=0.2, steps=1):
+    """The query loss after fine-tuning by hand, the mean over tasks."""
+
+    def one(task):
+        adapted = params
+        for _ in range(steps):
+            slope = jax.grad(lambda p: loss(p, task.support, None)[0])(adapted)
+            adapted = jax.tree.map(lambda p, g: p - rate * g, adapted, slope)
+        return loss(adapted, task.query, None)[0]
+
+    return jnp.mean(jax.vmap(one)(episode.query))
+
+
+def at(tree, index):
+    return jax.tree.map(lambda x: x[index], tree)
+
+
+def estimated(mg, meta, data, key=None):
+    """Gradient, state and info of one jitted estimate from a new student."""
+    return jax.jit(lambda m, e: mg.estimate(m, mg.init(m, key), e, key))(meta, data)

@@ -1,0 +1,287 @@
+"""Hard teachers against full enumeration of a world of three words, in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from teacher_world import (
+    BOTH,
+    VOCAB,
+    at,
+    episodes,
+    estimated,
+    loss,
+    outcomes,
+    scored,
+    start,
+    student,
+    teacher,
+    teacher_params,
+    text,
+)
+
+from jmeta import Episode, Steps, methods, optim
+from jmeta.core.autodiff import mixed_mode_grad
+from jmeta.methods import hard_teacher, students
+from jmeta.methods.rewriting import log_probability
+from jmeta.methods.teacher_hard import coefficients
+from jmeta.testing import central_differences, relative_error
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+INPUTS = methods.inputs_only(teacher)
+
+
+def every_pseudo():
+    """All 81 pseudo-examples of one text of two words: tokens and labels."""
+    drawn = outcomes(4)
+    ones = np.ones((81, 2))
+    return {"tokens": drawn[:, :2], "labels": drawn[:, 2:], "mask": ones, "weights": ones}
+
+
+def stepped(batch, weights, rate=0.3):
+    """The student after a step on examples that weigh as much, by hand."""
+    alone = lambda p, b: loss(p, jax.tree.map(lambda x: x[None], b), None)[0]  # noqa: E731
+    slope = jax.grad(lambda p: jnp.sum(weights * jax.vmap(lambda b: alone(p, b))(batch)))(start())
+    return jax.tree.map(lambda p, g: p - rate * g, start(), slope)
+
+
+def probabilities(meta, tokens, batch):
+    scores = teacher(meta, {"tokens": np.broadcast_to(tokens, batch["tokens"].shape)}, None)
+    drawn = {"inputs": batch["tokens"], "labels": batch["labels"]}
+    return jnp.exp(log_probability(scores, drawn, batch["mask"]))
+
+
+@pytest.mark.parametrize("kind", ["exact", "first_order"])
+def test_expected_score_function_is_the_gradient_of_the_expected_step(kind):
+    """E[h grad(-log T)] is the derivative of the score after the mean step, E inside."""
+    # one half, one quarter, one quarter: each outcome as often as it is likely
+    halves = jnp.log(jnp.asarray([[2.0, 1.0, 1.0], [1.0, 2.0, 1.0], [1.0, 1.0, 2.0]]))
+    meta = {"inputs": halves, "labels": jnp.roll(halves, 1, axis=0)}
+    tokens, data, every = np.asarray([0, 2]), at(episodes(micro=1), 0), every_pseudo()
+    often = np.rint(256 * np.asarray(probabilities(meta, tokens, every))).astype(int)
+    whole = jax.tree.map(lambda x: np.repeat(x, often, axis=0), every)
+    assert len(whole["tokens"]) == 256
+    made = student()
+    first = students.record_from(made.optimizer, students.born(made, None), 1)
+    value_of = coefficients(made, 1, kind, mixed_mode_grad)
+    h = jax.jit(lambda b: value_of(first, Episode(b, data.query), None)[0])(whole)
+
+    def surrogate(meta):
+        return -jnp.sum(h * jnp.log(probabilities(meta, tokens, whole)))
+
+    def expected(meta):
+        params = stepped(every, probabilities(meta, tokens, every))
+        if kind == "exact":
+            return scored(params, data)
+        v = jax.grad(first_order_score)(jax.lax.stop_gradient(params), data)
+        return sum(jnp.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (v, params)), strict=True))
+
+    grads, oracle = jax.jit(lambda m: (jax.grad(surrogate)(m), jax.grad(expected)(m)))(meta)
+    assert relative_error(grads, oracle) < 1e-12
+
+
+def first_order_score(params, episode):
+    """The query loss after fine-tuning, whose gradient has no Hessian."""
+
+    def one(task):
+        slope = jax.grad(lambda p: loss(p, task.support, None)[0])(params)
+        slope = jax.lax.stop_gradient(slope)
+        return loss(jax.tree.map(lambda p, g: p - 0.2 * g, params, slope), task.query, None)[0]
+
+    return jnp.mean(jax.vmap(one)(episode.query))
+
+
+BASELINES = {
+    "none": methods.no_baseline(),
+    "moving average": methods.moving_average(0.3),
+    "leave one out": methods.leave_one_out(),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [*(("negative_loss", name) for name in BASELINES), ("loss_difference", "leave one out")],
+)
+def test_estimate_is_unbiased_under_every_baseline(kind, name):
+    """All 81 pairs of draws of two micro-batches, weighed by their probability."""
+    data, meta = episodes(examples=1), teacher_params()
+    mg = hard_teacher(student(), INPUTS, coefficient=kind, baseline=BASELINES[name])
+    every = outcomes(2)
+    state = mg.init(meta, None)
+    if name == "moving average":  # whatever was seen before
+        state = state._replace(baseline=(jnp.asarray(0.4), jnp.asarray(0.7)))
+
+    def estimate(first, second):
+        drawn = {"inputs": jnp.stack([first, second])[:, None]}
+        batch = {**data.support, "drawn": drawn}
+        grads, _, _ = mg.estimate(meta, state, data._replace(support=batch), jax.random.key(0))
+        return grads
+
+    def likely(meta, tokens):
+        scores = {"inputs": jnp.broadcast_to(meta["inputs"][tokens], (9, 2, VOCAB))}
+        return jnp.exp(log_probability(scores, {"inputs": every}, np.ones((9, 2))))
+
+    def after(tokens, drawn, episode):
+        ones = np.ones((1, 2))
+        batch = {"tokens": drawn[None], "labels": tokens, "mask": ones, "weights": ones}
+        return scored(stepped(batch, jnp.ones(1)), episode)
+
+    def objective(meta):
+        total = 0.0
+        for i in range(2):
+            tokens = data.support["tokens"][i]
+            each = jax.vmap(lambda z, i=i, t=tokens: after(t, z, at(data, i)))(every)
+            total = total + jnp.sum(likely(meta, tokens[0]) * each) / 2
+        return total
+
+    @jax.jit
+    def both(meta):
+        grads = jax.vmap(lambda a: jax.vmap(lambda b: estimate(a, b))(every))(every)
+        p, q = (likely(meta, data.support["tokens"][i, 0]) for i in range(2))
+        mean = jax.tree.map(lambda g: jnp.einsum("i,j,ij...->...", p, q, g), grads)
+        return mean, jax.grad(objective)(meta)
+
+    mean, oracle = both(meta)
+    assert relative_error(mean["inputs"], oracle["inputs"]) < 1e-12
+    assert (np.asarray(mean["labels"]) == 0).all()
+
+
+def drawn_episodes(micro=1):
+    data = episodes(micro=micro)
+    drawn = {n: text(micro, 2, seed=s)["tokens"] for n, s in (("inputs", 11), ("labels", 12))}
+    pseudo = {"tokens": drawn["inputs"], "labels": drawn["labels"]}
+    pseudo |= {"mask": np.ones((micro, 2, 2)), "weights": np.ones((micro, 2, 2))}
+    return data._replace(support={**data.support, "drawn": drawn}), pseudo
+
+
+def test_exact_coefficient_is_the_slope_of_an_examples_weight_under_adam():
+    data, pseudo = drawn_episodes()
+    optimizer = optim.adamw(0.05, 0.9, 0.98, 1e-6, weight_decay=0.01)
+    made = student(optimizer)
+
+    def value(weights):
+        alone = lambda p, b: loss(p, jax.tree.map(lambda x: x[None], b), None)[0]  # noqa: E731
+        each = lambda p: jax.vmap(lambda b: alone(p, b))(at(pseudo, 0))  # noqa: E731
+        slope = jax.grad(lambda p: jnp.mean(weights * each(p)))(start())
+        updates, _ = optimizer.update(slope, optimizer.init(start()), start())
+        return scored(optax.apply_updates(start(), updates), at(data, 0))
+
+    first = students.record_from(optimizer, students.born(made, None), 1)
+    value_of = coefficients(made, 1, "exact", mixed_mode_grad)
+    h = jax.jit(lambda b: value_of(first, Episode(b, at(data, 0).query), None)[0])(at(pseudo, 0))
+    assert relative_error(-h, central_differences(value, jnp.ones(2))) < 1e-6
+
+
+def test_published_cosine_weighs_the_mean_cross_entropy():
+    data, pseudo = drawn_episodes()
+    meta, single = teacher_params(), at(data, 0)
+    mg = hard_teacher(student(), BOTH, coefficient="cosine", weighting="mean")
+    grads, state, info = estimated(mg, meta, data, jax.random.key(0))
+
+    @jax.jit
+    def expected(meta):
+        params = stepped(at(pseudo, 0), jnp.ones(2) / 2)
+        v = jax.grad(first_order_score)(params, single)
+        pairs = [jnp.concatenate([x.ravel() for x in jax.tree.leaves(t)]) for t in (v, params)]
+        delta = jnp.concatenate([x.ravel() for x in jax.tree.leaves(start())]) - pairs[1]
+        h = jnp.vdot(pairs[0], delta) / jnp.linalg.norm(pairs[0]) / jnp.linalg.norm(delta)
+
+        def cross_entropy(meta):
+            scores = teacher(meta, single.support, None)
+            log_p = jax.tree.map(lambda s: jax.nn.log_softmax(s, axis=-1), scores)
+            drawn = single.support["drawn"]
+            heads = [-jnp.take_along_axis(log_p[n], drawn[n][..., None], -1).mean() for n in drawn]
+            return 0.5 * sum(heads)
+
+        # a sum over the two texts, each a mean over its positions
+        return h, jax.tree.map(lambda g: 2 * h * g, jax.grad(cross_entropy)(meta)), params
+
+    h, oracle, params = expected(meta)
+    assert abs(float(info.diagnostics["coefficient"] - h)) < 1e-12
+    assert relative_error(grads, oracle) < 1e-12
+    assert relative_error(state.student.fast, params) < 1e-12
+
+
+def test_several_steps_draw_for_each_and_move_the_student_as_often():
+    data = episodes(unlabelled=Steps(text(2, 3, 2)))
+    mg = hard_teacher(student(), BOTH, steps=3, baseline=methods.moving_average())
+    grads, state, info = estimated(mg, teacher_params(), data, jax.random.key(0))
+    assert int(state.student.step) == 3
+    assert info.inner_losses.shape == (3,)
+    assert float(jnp.abs(grads["labels"]).max()) > 0
+    total, weight = state.baseline
+    np.testing.assert_allclose(total / weight, info.diagnostics["coefficient"], rtol=1e-12)
+
+
+def test_mistakes():
+    with pytest.raises(ValueError, match="choose exact, first_order, cosine"):
+        hard_teacher(student(), BOTH, coefficient="exct")  # pyright: ignore[reportArgumentType]
+    mg = hard_teacher(student(), BOTH, baseline=methods.leave_one_out())
+    with pytest.raises(ValueError, match=r"pass a jax\.random\.key"):
+        estimated(mg, teacher_params(), episodes())
+    with pytest.raises(ValueError, match="at least two of them"):
+        jax.eval_shape(
+            lambda m, e: mg.estimate(m, mg.init(m, None), e, jax.random.key(0)),
+            teacher_params(),
+            episodes(micro=1),
+        )
+    with pytest.raises(ValueError, match=r"must be in \(0, 1\]"):
+        methods.moving_average(0.0)
+
+
+def classifier(params, batch, key):
+    """A linear classifier, with labels that are classes or distributions over them."""
+    log_p = jax.nn.log_softmax(batch["x"] @ params, axis=-1)
+    target = batch["labels"]
+    if jnp.issubdtype(target.dtype, jnp.integer):
+        target = jax.nn.one_hot(target, 2, dtype=log_p.dtype)
+    return -(target * log_p).sum(-1).mean(), {}
+
+
+def test_meta_pseudo_labels_has_its_closed_form():
+    """h grad(-log T), h = eta <grad L(theta_1), grad of the pseudo-loss at theta_0>."""
+    keys = jax.random.split(jax.random.key(4), 4)
+    x, query = jax.random.normal(keys[0], (3, 2)), jax.random.normal(keys[1], (4, 2))
+    labels, drawn = np.asarray([0, 1, 1, 0]), np.asarray([1, 0, 0])
+    params, meta = jax.random.normal(keys[2], (2, 2)), jax.random.normal(keys[3], (2, 2))
+    learner = methods.Student(classifier, lambda key: params, optax.sgd(0.3), support_steps=0)
+    network = lambda meta, batch, key: batch["x"] @ meta  # noqa: E731
+    batch = {"x": x[None], "drawn": {"labels": drawn[None]}}
+    labelled = {"x": query[None, None], "labels": labels[None, None]}
+    data = Episode(batch, Episode(None, labelled))
+
+    @jax.jit
+    def expected(meta):
+        alone = lambda w, x, y: classifier(w, {"x": x[None], "labels": y[None]}, None)[0]  # noqa: E731
+        slopes = jax.vmap(jax.grad(alone), in_axes=(None, 0, 0))(params, x, drawn) / 3
+        after = params - 0.3 * slopes.sum(0)
+        score = lambda w: classifier(w, {"x": query, "labels": labels}, None)[0]  # noqa: E731
+        h = 0.3 * jnp.einsum("ij,bij->b", jax.grad(score)(after), slopes)
+        difference = score(params) - score(after)
+
+        def minus_log(meta, h):
+            log_p = jax.nn.log_softmax(x @ meta, axis=-1)
+            return -jnp.sum(h * jnp.take_along_axis(log_p, drawn[:, None], -1)[:, 0])
+
+        return jax.grad(minus_log)(meta, h), jax.grad(minus_log)(meta, difference)
+
+    kinds = zip(("exact", "loss_difference"), expected(meta), strict=True)
+    for kind, oracle in kinds:
+        mg = methods.meta_pseudo_labels(learner, network, coefficient=kind)
+        grads, _, _ = estimated(mg, meta, data, jax.random.key(0))
+        assert float(jnp.abs(oracle).max()) > 1e-3  # the released code's term is identically zero
+        assert relative_error(grads, oracle) < 1e-12
+
+    soft = methods.soft_teacher(learner, methods.class_labels(network))
+    plain = data._replace(support={"x": x[None]})
+
+    def value(meta):
+        target = {"x": x, "labels": jax.nn.softmax(x @ meta, axis=-1)}
+        after = params - 0.3 * jax.grad(lambda w: classifier(w, target, None)[0])(params)
+        return classifier(after, {"x": query, "labels": labels}, None)[0]
+
+    assert relative_error(estimated(soft, meta, plain)[0], central_differences(value, meta)) < 1e-6
+    with pytest.raises(ValueError, match="set 0, or use hard_teacher"):
+        methods.meta_pseudo_labels(learner._replace(support_steps=1), network)
