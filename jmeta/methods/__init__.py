@@ -20,6 +20,7 @@ from jmeta.methods.rewriting import (
     unevaluated,
     without,
 )
+from jmeta.methods.schedules import inverse_sqrt
 from jmeta.methods.students import (
     Student,
     TeacherState,
@@ -59,6 +60,7 @@ __all__ = [
     "imaml",
     "inputs_and_labels",
     "inputs_only",
+    "inverse_sqrt",
     "labelled_auxiliary",
     "learned_body",
     "learned_context",

@@ -47,6 +47,13 @@ def meta_pseudo_labels(
     Raises:
         ValueError: the student takes support steps.
 
+    Example:
+        >>> import optax
+        >>> student = Student(None, lambda key: 0.0, optax.sgd(0.1), support_steps=0)
+        >>> mg = meta_pseudo_labels(student, lambda meta, batch, key: batch["x"] @ meta)
+        >>> mg.init(None, None).baseline  # of a moving average
+        (Array(0., dtype=float32), Array(0., dtype=float32))
+
     Source: Pham et al., "Meta Pseudo Labels" (2021), equations 10-12.
     """
     if student.support_steps:
@@ -68,6 +75,11 @@ def labelled_auxiliary(loss: TaskLoss) -> Auxiliary:
 
     Returns:
         ``(meta, episode, key) -> (loss, aux)``.
+
+    Example:
+        >>> auxiliary = labelled_auxiliary(lambda meta, batch, key: (meta * batch, {}))
+        >>> auxiliary(2.0, Episode(None, Episode(None, 3.0)), None)[0]
+        6.0
     """
 
     def auxiliary(meta: PyTree, episode: Episode, key: Key) -> tuple[Array, PyTree]:

@@ -50,6 +50,14 @@ def inputs_and_labels(teacher: Network) -> Rewriting:
     Returns:
         A ``Rewriting``; pads stay pads, and their labels do not count.
 
+    Example:
+        >>> batch = {"tokens": jnp.array([[1, 2]]), "mask": jnp.array([[1.0, 1.0]])}
+        >>> network = lambda meta, batch, key: {"inputs": meta, "labels": -meta}
+        >>> teacher = inputs_and_labels(network)
+        >>> scores = teacher.scores(jnp.ones((1, 2, 3)), batch, None)
+        >>> teacher.write(of_heads(expected, scores, None), batch)["labels"].shape
+        (1, 2, 3)
+
     Source: Shen, "Meta-Learned Language Modelling Objective" (2021).
     """
     return Rewriting(
@@ -72,6 +80,13 @@ def inputs_only(teacher: Network) -> Rewriting:
 
     Returns:
         A ``Rewriting``: denoising, of a noise that is learned.
+
+    Example:
+        >>> batch = {"tokens": jnp.array([[1, 2]]), "mask": jnp.array([[1.0, 1.0]])}
+        >>> teacher = inputs_only(lambda meta, batch, key: {"inputs": meta})
+        >>> pseudo = teacher.write({"inputs": jnp.array([[0, 2]])}, batch)
+        >>> pseudo["tokens"].tolist(), pseudo["labels"].tolist()
+        ([[0, 2]], [[1, 2]])
 
     Source: Shen (2021), the variant "fixed y".
     """
@@ -100,6 +115,13 @@ def masks_only(teacher: Network, mask_token: int) -> Rewriting:
     Returns:
         A ``Rewriting`` with the head ``masked``, whose two outcomes are to leave and to mask. Where
         the batch has ``ordinary`` ``[examples, time]``, only its positions can be masked.
+
+    Example:
+        >>> batch = {"tokens": jnp.array([[5, 6]]), "mask": jnp.array([[1.0, 1.0]])}
+        >>> teacher = masks_only(lambda meta, batch, key: meta, mask_token=1)
+        >>> pseudo = teacher.write({"masked": jnp.array([[0, 1]])}, batch)
+        >>> pseudo["tokens"].tolist(), pseudo["labels"].tolist(), pseudo["weights"].tolist()
+        ([[5, 1]], [[5, 6]], [[0.0, 1.0]])
     """
 
     def scores(meta: PyTree, batch: Batch, key: Key) -> Outcomes:
@@ -133,6 +155,12 @@ def class_labels(teacher: Network) -> Rewriting:
     Returns:
         A ``Rewriting`` of any batch (a dict of arrays with a leading axis of examples): it gets
         ``labels``, and ``weights`` of one for each example.
+
+    Example:
+        >>> teacher = class_labels(lambda meta, batch, key: batch["x"] @ meta)
+        >>> pseudo = teacher.write({"labels": jnp.array([1])}, {"x": jnp.ones((1, 3))})
+        >>> sorted(pseudo)
+        ['labels', 'weights', 'x']
 
     Source: Pham et al., "Meta Pseudo Labels" (2021).
     """
@@ -186,6 +214,10 @@ def expected(scores: Array, key: Key) -> Array:
 
     Returns:
         :math:`\mathrm{softmax}(s)`.
+
+    Example:
+        >>> expected(jnp.zeros(4), None).tolist()
+        [0.25, 0.25, 0.25, 0.25]
     """
     del key
     return jax.nn.softmax(scores, axis=-1)
@@ -203,6 +235,10 @@ def unevaluated(scores: Any, key: Key) -> Any:
 
     Returns:
         ``scores`` as they are.
+
+    Example:
+        >>> unevaluated("a distribution in any form", None)
+        'a distribution in any form'
     """
     del key
     return scores
@@ -219,6 +255,10 @@ def straight_through(scores: Array, key: Key) -> Array:
 
     Returns:
         One-hot vectors, ``[..., outcomes]``.
+
+    Example:
+        >>> float(straight_through(jnp.zeros(3), jax.random.key(0)).sum())
+        1.0
 
     Source: Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons" (2013).
     """
@@ -241,6 +281,11 @@ def gumbel_softmax(temperature: float = 1.0, *, hard: bool = False) -> Relaxatio
 
     Raises:
         ValueError: the temperature is not positive.
+
+    Example:
+        >>> drawn = gumbel_softmax(0.1, hard=True)(jnp.zeros(3), jax.random.key(0))
+        >>> float(drawn.max())
+        1.0
 
     Source: Jang et al., "Categorical Reparameterization with Gumbel-Softmax" (2017).
     """

@@ -101,6 +101,12 @@ def fine_tuned(student: Student, grad: GradTransform = mixed_mode_grad) -> LossF
 
     Raises:
         TypeError: when traced, if the query of a teacher's episode is no such ``Episode``.
+
+    Example:
+        >>> learner = Student(lambda w, x, key: ((w - x) ** 2, {}), None, None, optax.sgd(0.25))
+        >>> tasks = Episode(jnp.zeros(2), jnp.array([0.0, 1.0]))
+        >>> float(fine_tuned(learner)(jnp.asarray(4.0), (), tasks, None)[0])  # of 4 and of 1
+        2.5
     """
 
     def loss(fast: PyTree, meta: PyTree, batch: PyTree, key: Key) -> tuple[Array, PyTree]:
@@ -226,6 +232,13 @@ def restarting(mg: MetaGradient, every: int) -> MetaGradient:
 
     Raises:
         ValueError: a life of no steps; when called, no random key.
+
+    Example:
+        >>> learner = Student(None, lambda key: jnp.zeros(2), optax.sgd(0.1))
+        >>> mg = MetaGradient(lambda meta, key: TeacherState(born(learner, key)), None)
+        >>> state, age = restarting(mg, every=100).init((), None)
+        >>> int(age)
+        0
     """
     if every < 1:
         raise ValueError(f"a student cannot restart every {every} steps")
@@ -261,6 +274,12 @@ def population(mg: MetaGradient, size: int) -> MetaGradient:
 
     Raises:
         ValueError: no student; when called, no random key.
+
+    Example:
+        >>> learner = Student(None, lambda key: jnp.zeros(2), optax.sgd(0.1))
+        >>> mg = MetaGradient(lambda meta, key: TeacherState(born(learner, key)), None)
+        >>> population(mg, size=3).init((), jax.random.key(0)).student.fast.shape
+        (3, 2)
     """
     if size < 1:
         raise ValueError(f"a population of {size} students cannot learn")

@@ -58,6 +58,14 @@ def pre_training(
 
     Returns:
         A ``Problem`` for meta = the teacher's parameters; its fast weights are the student's.
+
+    Example:
+        >>> import optax
+        >>> from jmeta.methods.rewriting import class_labels
+        >>> learner = Student(None, lambda key: jnp.zeros(2), optax.sgd(0.1))
+        >>> problem = pre_training(learner, class_labels(lambda meta, batch, key: meta))
+        >>> problem.encode(jnp.zeros((1, 2)), {"x": jnp.ones(1)}, None)["labels"].tolist()
+        [[0.5, 0.5]]
     """
 
     def inner(fast: PyTree, meta: PyTree, batch: Batch, key: Key) -> tuple[Array, PyTree]:

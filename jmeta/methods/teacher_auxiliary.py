@@ -27,6 +27,14 @@ def two_head_loss(teacher: Network) -> Supervised:
         ``(meta, batch, key) -> (loss, {"inputs", "labels"})`` of a batch ``{"tokens", "mask",
         "inputs", "labels", "weights"}``: what the teacher reads, what it should write, and which
         labels count.
+
+    Example:
+        >>> uniform = lambda meta, batch, key: {"inputs": meta, "labels": meta}
+        >>> ones = jnp.ones((1, 2))
+        >>> batch = dict.fromkeys(("tokens", "inputs", "labels"), jnp.array([[1, 2]]))
+        >>> batch |= {"mask": ones, "weights": ones}
+        >>> round(float(two_head_loss(uniform)(jnp.zeros((1, 2, 4)), batch, None)[0]), 3)  # 2 log 4
+        2.773
     """
 
     def loss(meta: PyTree, batch: Batch, key: Key) -> tuple[Array, PyTree]:
@@ -56,6 +64,16 @@ def mlm_auxiliary(supervised: Supervised) -> Auxiliary:
         episode has ``masked``: ``{"tokens" [examples, time], "labels", "weights"}``, as
         ``tasks.corruption.unlabelled`` makes it; :math:`x` is read off it, with the task token
         that :math:`x_m` begins with.
+
+    Example:
+        >>> supervised = lambda meta, batch, key: (batch["tokens"].sum(), {})
+        >>> tokens, ones = jnp.array([[7, 8]]), jnp.array([[1.0, 1.0]])
+        >>> pair = {"tokens": jnp.array([[7, 1]]), "labels": jnp.array([[0, 8]])}
+        >>> pair["weights"] = jnp.array([[0.0, 1.0]])
+        >>> batch = {"tokens": tokens, "mask": ones, "masked": pair}
+        >>> _, parts = mlm_auxiliary(supervised)(None, Episode(batch), None)
+        >>> int(parts["written"]), int(parts["answered"])  # reads 7 8, then 7 [MASK]
+        (15, 8)
 
     Source: Shen (2021), section 3.3.
     """

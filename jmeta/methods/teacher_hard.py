@@ -50,7 +50,12 @@ class Baseline(NamedTuple):
 
 
 def no_baseline() -> Baseline:
-    """Nothing is subtracted."""
+    """Nothing is subtracted.
+
+    Example:
+        >>> float(no_baseline().value((), jnp.ones((2, 3)))[0].sum())
+        0.0
+    """
     return Baseline(lambda: (), lambda state, h: (jnp.zeros((1,) * h.ndim, h.dtype), state))
 
 
@@ -67,6 +72,12 @@ def moving_average(rate: float = 0.01) -> Baseline:
 
     Raises:
         ValueError: the rate is not in (0, 1].
+
+    Example:
+        >>> average = moving_average(0.5)
+        >>> _, state = average.value(average.init(), jnp.array([3.0]))
+        >>> float(average.value(state, jnp.array([9.0]))[0][0])  # of what came before
+        3.0
 
     Source: Pham et al., "Meta Pseudo Labels" (2021), the released code, with the bias of the first
     steps divided out.
@@ -93,6 +104,10 @@ def leave_one_out() -> Baseline:
 
     Returns:
         A ``Baseline``; it needs at least two micro-batches.
+
+    Example:
+        >>> leave_one_out().value((), jnp.array([[1.0], [2.0], [6.0]]))[0].ravel().tolist()
+        [4.0, 3.5, 1.5]
 
     Source: Kool et al., "Buy 4 REINFORCE Samples, Get a Baseline for Free!" (2019).
     """
@@ -162,6 +177,21 @@ def hard_teacher(
 
     Raises:
         ValueError: an unknown coefficient; when called, no key, or ``leave_one_out`` alone.
+
+    Example:
+        >>> import optax
+        >>> from jmeta.methods.rewriting import class_labels
+        >>> def loss(w, batch, key):  # a student that counts how often it is told class 1
+        ...     return jnp.mean((w - batch["labels"]) ** 2), {}
+        >>> student = Student(loss, lambda key: jnp.zeros(()), optax.sgd(0.25), support_steps=0)
+        >>> mg = hard_teacher(student, class_labels(lambda meta, batch, key: meta))
+        >>> query = {"labels": jnp.ones((1, 1, 1))}
+        >>> batch = {"x": jnp.ones((1, 1)), "drawn": {"labels": jnp.ones((1, 1), int)}}
+        >>> data, key = Episode(batch, Episode(None, query)), jax.random.key(0)
+        >>> meta = jnp.zeros((1, 2))
+        >>> grads, _, _ = mg.estimate(meta, mg.init(meta, key), data, key)
+        >>> grads.tolist()  # h = 2 (1 - 1/2) 0.5 = 1/2: class 1 becomes more likely
+        [[0.25, -0.25]]
 
     Source: Shen (2021); Williams, "Simple Statistical Gradient-Following Algorithms" (1992).
     """
