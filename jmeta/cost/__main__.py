@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from jmeta.cost.planner import plan
+from jmeta.cost.planner import check_estimator, plan
 from jmeta.cost.rows import Row, as_json, plan_markdown
 from jmeta.cost.shapes import MODELS
 
@@ -62,6 +62,8 @@ def mesh_of(text: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for part in text.split(","):
         axis, _, size = part.partition("=")
+        if axis.strip() in sizes:
+            raise ValueError(f"{text!r} names {axis.strip()} twice")
         try:
             sizes[axis.strip()] = int(size)
         except ValueError:
@@ -93,6 +95,8 @@ def rows_of(asked: argparse.Namespace) -> list[Row]:
     options = dict(map(option_of, asked.option))
     meshes = [mesh_of(text) for text in asked.mesh or ["tasks=-1"]]
     names = asked.estimator or [FULL, *LEAN]
+    for name in names:  # each is compiled for minutes
+        check_estimator(name)
     common: dict[str, Any] = {
         "steps": asked.steps, "topology": asked.topology, "memory": asked.memory,
         "meshes": meshes, "tasks": asked.tasks, "microbatch": asked.microbatch,
@@ -131,7 +135,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from jmeta.files import write_atomically
 
         content = json.dumps([as_json(row) for row in rows], indent=1)
-        write_atomically(asked.json, content + "\n")
+        try:
+            write_atomically(asked.json, content + "\n")
+        except OSError as error:
+            print(f"--json {asked.json} cannot be written: {error.strerror}", file=sys.stderr)
+            return 1
     return 0
 
 

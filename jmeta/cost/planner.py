@@ -80,6 +80,8 @@ def plan(
         [True, True]
     """
     machines.check_topology(topology)
+    if steps < 0:
+        raise ValueError(f"steps is {steps}; it cannot be negative")
     usable = None if memory is None else machines.memory_bytes(memory)
     named = isinstance(problem, str)
     if topology != "local" and not named:
@@ -171,13 +173,24 @@ def _is_reference(text: Any) -> bool:
     return bool(colon) and name.isidentifier() and all(p.isidentifier() for p in module.split("."))
 
 
-def _check(candidate: Candidate) -> None:
+def check_estimator(name: str) -> None:
+    """Refuse a name that is none of ``cost.estimators``.
+
+    Raises:
+        ValueError: it is none; the message lists them.
+
+    Example:
+        >>> check_estimator("mixed_mode")
+    """
     known = (*EXACT, "first_order", "reptile")
-    if candidate.estimator not in known:
+    if name not in known:
         raise ValueError(
-            f"there is no estimator {candidate.estimator!r} to plan for; known are "
-            f"{', '.join(known)}"
+            f"there is no estimator {name!r} to plan for; known are {', '.join(known)}"
         )
+
+
+def _check(candidate: Candidate) -> None:
+    check_estimator(candidate.estimator)
     if candidate.outer not in OUTER:
         raise ValueError(
             f"there is no outer optimizer {candidate.outer!r} to plan with; known are "

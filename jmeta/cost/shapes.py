@@ -14,6 +14,7 @@ import optax
 from jmeta.core.types import Array, Episode, Key, Problem, PyTree, Steps
 
 CLASSES = 4  # of an encoder's task
+FLOATS = ("float32", "bfloat16", "float16", "float64")
 
 
 class Shape(NamedTuple):
@@ -90,7 +91,8 @@ def setting(
         A ``Setting``.
 
     Raises:
-        ValueError: no such model; more tokens than it has positions.
+        ValueError: no such model; more tokens than it has positions; a size that is not positive, a
+            dtype that is not floating point.
 
     Example:
         >>> made = setting("gpt2-124m")
@@ -105,6 +107,13 @@ def setting(
     if model not in MODELS:
         raise ValueError(f"there is no model {model!r}; known are {', '.join(MODELS)}")
     shape = MODELS[model]
+    sizes = {"sequences": sequences, "tokens": tokens, "steps": steps, "layers": layers}
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{name} is {size}; it must be positive")
+    for name, dtype in (("compute", compute), ("weights", weights)):
+        if dtype not in (None, *FLOATS):
+            raise ValueError(f"{name} is {dtype!r}; it must be one of {', '.join(FLOATS)}")
     if tokens > shape.max_len:
         raise ValueError(f"{model} has {shape.max_len} positions; {tokens} tokens do not fit")
     config = transformer.TransformerConfig(

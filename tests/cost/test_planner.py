@@ -123,6 +123,7 @@ def test_a_program_that_does_not_fit_is_a_row(monkeypatch):
         ({"meshes": [{"tasks": 3}]}, "needs 3 devices, and there are 8"),
         ({"tasks": 12}, "12 tasks cannot be split evenly over the tasks=8 x fsdp=1 devices"),
         ({"tasks": 0}, "tasks is 0; it must be positive"),
+        ({"steps": -1}, "steps is -1; it cannot be negative"),
         ({"tasks": 32, "microbatch": 3}, "microbatch=3 does not divide"),
         ({"memory": "plenty"}, "'plenty' is no size of memory"),
         ({"topology": "v5p-128"}, "'v5p-128' is no topology"),
@@ -215,6 +216,14 @@ def test_the_command_prints_a_table_and_writes_rows(capsys, tmp_path):
         (["--model", "tiny", "--option", "layers"], "'layers' is no option; write NAME=VALUE"),
         (["--model", "tiny", "--option", "depth=1"], "unexpected keyword argument 'depth'"),
         (["--model", "tiny", "--tokens", "999"], "tiny has 64 positions; 999 tokens do not fit"),
+        (["--model", "tiny", "--tokens", "0"], "tokens is 0; it must be positive"),
+        (["--model", "tiny", "--option", "layers=0"], "layers is 0; it must be positive"),
+        (["--model", "tiny", "--weights", "int8"], "weights is 'int8'; it must be one of float32"),
+        (["--model", "tiny", "--mesh", "fsdp=2,fsdp=4"], "'fsdp=2,fsdp=4' names fsdp twice"),
+        (
+            ["--model", "tiny", "--estimator", "first_order", "--estimator", "nope"],
+            "no estimator 'nope' to plan for",
+        ),
     ],
 )
 def test_the_command_refuses_in_one_sentence(arguments, message, capsys):
