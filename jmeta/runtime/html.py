@@ -37,11 +37,13 @@ figure img { display: block; width: 100%; max-width: 46rem; height: auto; backgr
   border-radius: 6px; }
 pre { background: var(--shade); border: 1px solid var(--line); border-radius: 6px;
   padding: .7rem .9rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+summary { font-weight: 600; cursor: pointer; }
 h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; margin: 0;
   font-size: .92rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 """
+_LONG = 40
 
 
 def page(title: str, body: Sequence[str]) -> str:
@@ -79,6 +81,8 @@ def table(
 ) -> str:
     """A table; the first `text_columns` columns hold text, the others numbers.
 
+    One of more than forty rows is folded, so that what follows it is seen.
+
     Example:
       >>> "<td>a&lt;b</td>" in table("t", ["method"], [["a<b"]])
       True
@@ -93,10 +97,14 @@ def table(
 
     body = "\n".join(line(row, "td") for row in rows)
     below = f'\n<p class="note">{_text(note)}</p>' if note else ""
-    return (
+    drawn = (
         f'<div class="scroll"><table>\n<caption>{_text(caption)}</caption>\n'
         f"<thead>{line(header, 'th')}</thead>\n<tbody>\n{body}\n</tbody>\n</table>{below}</div>"
     )
+    if len(rows) <= _LONG:
+        return drawn
+    summary = f"<summary>{_text(caption)}: {len(rows)} rows</summary>"
+    return f"<details>{summary}\n{drawn}</details>"
 
 
 def figure(caption: str, path: Path | str | Sequence[Path]) -> str:
