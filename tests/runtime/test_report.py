@@ -357,7 +357,7 @@ def test_listing_and_reporting_load_nothing_heavy():
     assert done.stdout.strip() == "[]", done.stderr
 
 
-@pytest.mark.parametrize("rows, folded", [(40, False), (41, True)])
+@pytest.mark.parametrize(("rows", "folded"), [(40, False), (41, True)])
 def test_a_long_table_is_folded_under_its_caption(rows, folded):
     drawn = html.table("by <domain>", ["method", "mean"], [["maml", "1"]] * rows)
     assert drawn.count("<tr>") == rows + 1
