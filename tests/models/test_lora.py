@@ -78,18 +78,20 @@ def weight_gradients(function, *args):
     return [shape for shape in found if shape in KERNELS or shape[::-1] in KERNELS]
 
 
-@pytest.mark.parametrize("targets", [(), ("blocks.**",)])
-def test_attached_equals_merged(x64, targets):
+def test_attached_equals_merged(x64):
+    """Scores, and gradients by the factors of every layer."""
     params = draw()
-    pair = factors(params, targets=targets)
-    attached, merged = lora.attach(params, pair, 0.7), lora.merged(params, pair, 0.7)
-    assert jax.tree.structure(merged) == jax.tree.structure(params)
-    close(apply(BERT, attached, BATCH), apply(BERT, merged, BATCH))
-    by_factors = [
-        quick_jit(jax.grad(lambda f, put=put: loss(put(params, f, 0.7), BATCH, None)[0]))(pair)
-        for put in (lora.attach, lora.merged)
-    ]
-    close(*by_factors)
+    pair = factors(params, targets=("blocks.**",))
+    assert jax.tree.structure(lora.merged(params, pair, 0.7)) == jax.tree.structure(params)
+
+    def run(put):
+        def scored(factors):
+            whole = put(params, factors, 0.7)
+            return loss(whole, BATCH, None)[0], bert.apply(BERT, whole, BATCH)
+
+        return quick_jit(jax.value_and_grad(scored, has_aux=True))(pair)
+
+    close(run(lora.attach), run(lora.merged))
 
 
 def test_fresh_factors_change_nothing_and_decoders_have_them_too(x64):
@@ -99,6 +101,7 @@ def test_fresh_factors_change_nothing_and_decoders_have_them_too(x64):
         apply(BERT, params, BATCH),
         apply(BERT, lora.attach(params, fresh, 2.0), BATCH),
     )
+    assert set(fresh["blocks"]["attn"]) == {"query", "value"}
     a = fresh["blocks"]["attn"]["query"]["a"]
     assert jnp.abs(a).max() <= 12**-0.5
     assert jnp.abs(a).max() > 0.9 * 12**-0.5
@@ -146,12 +149,11 @@ def test_the_last_block_is_trained_without_a_backward_pass_below_it(x64, loop):
     params = draw(config)
     apart = partial.split_top(params)
     assert apart["top"]["ln1"]["scale"].shape == (1, 12)
-    run = quick_jit(lambda p: whole(p, BATCH, None)[0])
-    close(run(params), run(apart))
     close(params, partial.join_top(apart), 0)
     tree, adapted = partial.trainable(whole, apart, *partial.TOP)
-    by_part = quick_jit(jax.grad(lambda t: adapted(t, BATCH, None)[0]))(tree)
-    by_whole = quick_jit(jax.grad(lambda p: whole(p, BATCH, None)[0]))(params)
+    value, by_part = quick_jit(jax.value_and_grad(lambda t: adapted(t, BATCH, None)[0]))(tree)
+    same, by_whole = quick_jit(jax.value_and_grad(lambda p: whole(p, BATCH, None)[0]))(params)
+    close(value, same)
     close(by_part["top"], jax.tree.map(lambda leaf: leaf[-1:], by_whole["blocks"]))
     # Forward three layers; forward and backward one: no other matmul.
     each = 6 + 2  # linear layers and attention of one block
@@ -183,8 +185,7 @@ def test_what_is_frozen_costs_no_memory():
 
     assert temp(jax.grad(lambda t: adapted(t, BATCH, None)[0]), tree) < 0.5 * size
     low = [temp(estimate(adapted, steps), tree) for steps in (2, 6)]
-    full = [temp(estimate(whole, steps), params) for steps in (2, 6)]
-    assert full[1] - full[0] > 4 * 0.9 * size  # the weights that each step started from
+    assert temp(estimate(whole, 6), params) > 6 * size  # the weights that each step started from
     assert low[1] - low[0] < 4 * 0.1 * size
     assert low[1] < 1.2 * size  # at most what is frozen itself: no gradient, no trajectory of it
 
