@@ -276,7 +276,7 @@ def _read_json(path: Path) -> Any:
     import pyarrow as pa
 
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
+    with opener(path, "rt", encoding="utf-8-sig") as file:  # with a byte order mark or without
         if ".jsonl" in path.suffixes:
             rows = [json.loads(line) for line in file if line.strip()]
         else:

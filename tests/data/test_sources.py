@@ -110,6 +110,21 @@ def test_an_empty_data_set_says_so(tmp_path, kind):
         from_datasets(tmp_path / f"e{kind}")
 
 
+@pytest.mark.parametrize("kind", [".json", ".jsonl", ".csv"])
+def test_a_file_from_windows_reads_the_same(tmp_path, kind):
+    """A byte order mark, and lines that end in CR LF; a line separator inside a text is no end."""
+    path = tmp_path / f"w{kind}"
+    rows = [{"text": "é 東京", "label": "0"}, {"text": "a\u2028b", "label": "1"}]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    if kind == ".csv":
+        lines = ["text,label", *(",".join(row.values()) for row in rows)]
+    content = "\r\n".join(lines) + "\r\n"
+    path.write_bytes(content.encode("utf-8-sig"))
+    columns = from_datasets(path)
+    assert columns["text"] == [row["text"] for row in rows]
+    assert [str(each) for each in columns["label"]] == ["0", "1"]
+
+
 @pytest.mark.parametrize("kind", [".parquet", ".arrow", ".json", ".jsonl.gz"])
 def test_a_truncated_file_says_so(tmp_path, kind):
     path = tmp_path / f"t{kind}"
