@@ -1,0 +1,90 @@
+"""Monitors of a teacher whose collapse is known, and the schedule it is trained with."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jmeta import methods
+
+VOCAB = 8
+
+
+@pytest.fixture
+def batch():
+    tokens = jnp.asarray([[3, 4, 5, 0], [6, 7, 3, 4]])
+    return {"tokens": tokens, "mask": (tokens != 0).astype(float)}
+
+
+def watch(scores, batch):
+    watched = lambda s, b: methods.monitors(s, b, mask_token=1, label_tokens=(2, 5))  # noqa: E731
+    return jax.jit(watched)(scores, batch)
+
+
+def peaked(tokens):
+    return 60 * jax.nn.one_hot(tokens, VOCAB, dtype=float)
+
+
+def test_a_teacher_that_knows_nothing_has_full_entropy(x64, batch):
+    uniform = jnp.zeros((2, 4, VOCAB))
+    found = watch({"inputs": uniform, "labels": uniform}, batch)
+    for head in ("inputs", "labels"):
+        np.testing.assert_allclose(found[f"{head}_entropy"], np.log(VOCAB), rtol=1e-12)
+        for name, share in (("copied", 1), ("masked", 1), ("confidence", 1), ("label_tokens", 2)):
+            np.testing.assert_allclose(found[f"{head}_{name}"], share / VOCAB, rtol=1e-12)
+
+
+def test_one_that_copies_and_one_that_says_the_same_everywhere(x64, batch):
+    same = jnp.full((2, 4), 5)
+    found = watch({"inputs": peaked(batch["tokens"]), "labels": peaked(same)}, batch)
+    assert abs(found["inputs_copied"] - 1) < 1e-12
+    assert abs(found["inputs_entropy"]) < 1e-12
+    assert abs(found["inputs_distinct"] - 5 / 7) < 1e-12
+    assert abs(found["labels_distinct"] - 1 / 7) < 1e-12
+    assert abs(found["labels_label_tokens"] - 1) < 1e-12
+    said = methods.has_collapsed(found, distinct=0.2)
+    assert (
+        said
+        == "labels: nearly every position gets the same token; inputs: the text is copied as it is"
+    )
+    healthy = watch({"inputs": peaked((batch["tokens"] + 1) % 8), "labels": peaked(same)}, batch)
+    assert methods.has_collapsed(healthy) == ""
+    # what stands at a pad does not matter
+    other = {"inputs": peaked(batch["tokens"].at[0, 3].set(6)), "labels": peaked(same)}
+    again = watch(other, batch)
+    assert all(float(again[name]) == float(found[name]) for name in found)
+
+
+def test_masks_are_watched_where_they_may_be(x64, batch):
+    odds = jnp.log(jnp.full((2, 4), 3.0)).at[0, 0].set(50.0)
+    scores = {"masked": jnp.stack([jnp.zeros_like(odds), odds], -1)}
+    may = batch["mask"].at[0, 0].set(0)
+    found = watch(scores, {**batch, "ordinary": may})
+    np.testing.assert_allclose(found["mask_rate"], 0.75, rtol=1e-12)
+    entropy = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
+    np.testing.assert_allclose(found["masked_entropy"], entropy, rtol=1e-12)
+    assert methods.has_collapsed({"mask_rate": 0.001}) == "masks: nearly nothing is masked"
+    assert methods.has_collapsed({"mask_rate": 0.999}) == "masks: all is masked"
+
+
+def test_panels_show_the_likeliest_of_distributions(batch):
+    ids = {"ids": jnp.stack([batch["tokens"], jnp.ones((2, 4), int)], -1)}
+    shares = jnp.zeros((2, 4, 2)).at[..., 0].set(0.6).at[0, 1].set(jnp.asarray([0.1, 0.9]))
+    pseudo = {"tokens": {**ids, "shares": shares}, "labels": peaked(batch["tokens"])}
+    pseudo["weights"] = jnp.zeros((2, 4)).at[0, 1].set(0.9)
+    said = methods.panels(batch, pseudo, lambda row: " ".join(map(str, row)), examples=1)
+    assert said.splitlines() == ["x      3 4 5", "wrote  3 1 5", "labels . 4 ."]
+
+
+def test_schedule_peaks_where_the_papers_do():
+    peaks = ((0.08, 1000, 2.53e-3), (0.04, 10, 0.01265), (0.08, 10_000, 8e-4), (0.04, 100, 4e-3))
+    for rate, warmup, peak in peaks:
+        schedule = methods.inverse_sqrt(rate, warmup)
+        np.testing.assert_allclose(schedule(warmup - 1), peak, rtol=1e-3)
+        np.testing.assert_allclose(schedule(4 * warmup - 1), schedule(warmup - 1) / 2, rtol=1e-6)
+        np.testing.assert_allclose(schedule(0), schedule(warmup - 1) / warmup, rtol=1e-6)
+        assert float(schedule(warmup)) < float(schedule(warmup - 1))
+    ending = methods.inverse_sqrt(1.0, 0, total=100)
+    np.testing.assert_allclose([ending(0), ending(99)], [1.0, 0.0], atol=1e-7)
+    with pytest.raises(ValueError, match="no such schedule"):
+        methods.inverse_sqrt(1.0, 100, total=50)

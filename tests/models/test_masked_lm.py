@@ -1,0 +1,164 @@
+"""The student and its teacher: soft inputs and labels against hard ones, [PAD], chunks, scales."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from random_params import quick_jit
+
+from jmeta.models import heads, losses, masked_lm
+from jmeta.testing import relative_error
+
+NAMES = ("tokens", "mask", "labels", "weights")
+SHAPE = masked_lm.config(vocab=11, width=8, layers=1, heads=2, max_len=6, ff=12)
+
+
+def batch(seed=0, pads=2):
+    rng = np.random.default_rng(seed)
+    tokens, labels = rng.integers(1, 11, (2, 2, 6))
+    tokens[:, 6 - pads :] = 0
+    mask = (tokens != 0).astype(float)
+    return {k: jnp.asarray(v) for k, v in zip(NAMES, (tokens, mask, labels, mask), strict=True)}
+
+
+def params(kind=masked_lm.init):
+    rng = np.random.default_rng(1)
+    shapes = jax.eval_shape(lambda key: kind(SHAPE, key), jax.random.key(1))
+    return jax.tree.map(lambda x: jnp.asarray(0.4 * rng.standard_normal(x.shape) + 0.1), shapes)
+
+
+def distributions():
+    return jnp.asarray(np.random.default_rng(3).dirichlet(np.ones(11), (2, 6)))
+
+
+def forms(found):
+    """The same tokens as ids, as a distribution, and as a mixture with another of no weight."""
+    one_hot = lambda ids: jnp.asarray(np.eye(11)[np.asarray(ids)])  # noqa: E731
+    mixed = {
+        "ids": jnp.stack([found["tokens"], jnp.full_like(found["tokens"], 4)], -1),
+        "shares": jnp.asarray(np.broadcast_to([1.0, 0.0], (2, 6, 2))),
+    }
+    return (
+        found,
+        {**found, "tokens": one_hot(found["tokens"]), "labels": one_hot(found["labels"])},
+        {**found, "tokens": mixed},
+    )
+
+
+def test_one_hot_inputs_and_labels_are_ids_and_pads_change_nothing(x64):
+    other = batch()
+    other["labels"] = jnp.where(other["mask"] == 0, 7, other["labels"])
+    short = {name: leaf[:, :4] for name, leaf in batch().items()}
+    found = [*forms(batch()), other, short]
+
+    def value_and_rows(p, b):
+        return masked_lm.loss(SHAPE, p, b)[0], masked_lm.embed(p["embed"]["tokens"], b["tokens"])
+
+    values, rows = zip(
+        *quick_jit(lambda p: [value_and_rows(p, b) for b in found])(params()), strict=True
+    )
+    np.testing.assert_allclose(values, values[0], rtol=1e-13)
+    for each in rows[1:4]:
+        np.testing.assert_array_equal(each, rows[0])
+
+
+def test_no_input_reaches_the_row_of_pad(x64):
+    found = batch(pads=0)
+    soft = distributions()
+    table = params()["embed"]["tokens"]
+
+    def value(table, tokens):
+        return (jnp.sin(masked_lm.embed(table, tokens)) ** 2).sum()
+
+    for tokens in (found["tokens"].at[0, 0].set(0), soft):
+        slope = np.asarray(quick_jit(jax.grad(value))(table, tokens))
+        assert (slope[0] == 0).all()
+        assert np.abs(slope[1:]).max() > 0
+
+
+def test_chunks_of_the_vocabulary_change_no_derivative(x64):
+    """Value, gradient and Hessian-vector product, in chunks that divide the vocabulary or not."""
+    rng = np.random.default_rng(4)
+    at = {"states": rng.standard_normal((2, 6, 8)), "table": rng.standard_normal((11, 8))}
+    at |= {"bias": rng.standard_normal(11), "soft": np.asarray(distributions())}
+
+    def value(p, chunk):
+        rows, picked = p["soft"] @ p["table"], p["soft"] @ p["bias"]
+        bias, weights = (p["bias"], picked), batch()["mask"]
+        return heads.token_loss(p["states"], p["table"], rows, weights, bias, chunk)[0]
+
+    @quick_jit
+    def all_of(at):
+        along = jax.tree.map(jnp.cos, at)
+        slopes = [jax.value_and_grad(lambda p, c=c: value(p, c)) for c in (None, 4, 11)]
+        return [jax.jvp(slope, (at,), (along,)) for slope in slopes]
+
+    whole, *chunks = all_of(jax.tree.map(jnp.asarray, at))
+    for each in chunks:
+        assert relative_error(each, whole) < 1e-12
+    with pytest.raises(ValueError, match="chunks of 0"):
+        heads.chunked_logsumexp(jnp.ones((2, 3)), jnp.ones((4, 3)), None, 0)
+
+
+def test_a_distribution_that_is_not_multiplied_out_is_the_same(x64):
+    teacher, student, found = params(masked_lm.init_teacher), params(), batch()
+
+    def value(teacher, student, lazy):
+        write = masked_lm.write_factors if lazy else masked_lm.write
+        made = write(SHAPE, teacher, found)
+        if not lazy:
+            never = jnp.zeros(11).at[0].set(-1e30)[None, None]
+            made = {n: jax.nn.softmax(s + never, axis=-1) for n, s in made.items()}
+        pseudo = {**found, "tokens": made["inputs"], "labels": made["labels"]}
+        return masked_lm.loss(SHAPE, student, pseudo, chunk=4 if lazy else None)[0]
+
+    both = quick_jit(
+        lambda t, s: [jax.value_and_grad(value, argnums=(0, 1))(t, s, lazy) for lazy in (0, 1)]
+    )
+    dense, lazy = both(teacher, student)
+    assert relative_error(lazy, dense) < 1e-12
+
+
+def test_initial_scales_are_those_of_the_paper():
+    shape = masked_lm.config(vocab=500, width=64, layers=2, heads=4, max_len=16)
+    draw = jax.jit(lambda key: (masked_lm.init(shape, key), masked_lm.init_scorer(shape, key, 0.2)))
+    body, scorer = draw(jax.random.key(0))
+    assert (body["embed"]["tokens"][0] == 0).all()
+    np.testing.assert_allclose(body["embed"]["tokens"].std(), 0.02, rtol=0.03)
+    joint = body["blocks"]["attn"]["qkv"]["kernel"]
+    np.testing.assert_allclose(jnp.abs(joint).max(), (6 / 256) ** 0.5, rtol=1e-3)
+    np.testing.assert_allclose(joint.std(), (6 / 256) ** 0.5 / 3**0.5, rtol=0.03)
+    np.testing.assert_allclose(body["blocks"]["mlp"]["up"]["kernel"].std(), 0.02, rtol=0.03)
+    found = quick_jit(lambda p, t: masked_lm.score(shape, p, {"tokens": t}))(
+        scorer, jnp.arange(16)[None]
+    )
+    np.testing.assert_allclose(jax.nn.sigmoid(found), 0.2, atol=0.1)
+
+
+def test_mistakes():
+    found = batch()
+    with pytest.raises(ValueError, match="all three are"):
+        jax.eval_shape(
+            lambda b: masked_lm.loss(SHAPE, params(), b), {**found, "weights": jnp.ones((2, 5))}
+        )
+    with pytest.raises(ValueError, match="9 tokens, but the model has max_len=6"):
+        masked_lm.states(SHAPE, params(), {"tokens": jnp.ones((1, 9), int)})
+    with pytest.raises(ValueError, match="no probability"):
+        masked_lm.init_scorer(SHAPE, jax.random.key(0), share=1.0)
+
+
+def test_soft_cross_entropy_by_hand_and_against_the_hard_one(x64):
+    logits = jnp.asarray(5 * np.random.default_rng(0).standard_normal((6, 4)))
+    labels, mask = jnp.array([0, 3, 1, 1, 2, 0]), jnp.array([1.0, 0.5, 0, 1, 1, 0])
+    hard = losses.cross_entropy(logits, labels, mask)
+    bad = logits.at[2].set(jnp.nan).at[5].set(jnp.inf)
+    soft = jax.jit(losses.soft_cross_entropy)
+    for scores in (logits, bad):
+        one_hot = soft(scores, jnp.asarray(np.eye(4)[labels]), mask)
+        np.testing.assert_allclose(one_hot, hard, rtol=1e-13)
+    # log 2 for the half, log 4 for the quarter, over a mass of three quarters
+    target = jnp.array([[0.5, 0.25]])
+    by_hand = (0.5 * np.log(4 / 3) + 0.25 * np.log(4)) / 0.75
+    value = losses.soft_cross_entropy(jnp.log(jnp.array([[3.0, 1.0]])), target)
+    np.testing.assert_allclose(value, by_hand, rtol=1e-13)
+    assert losses.soft_cross_entropy(logits, jnp.zeros((6, 4))) == 0
