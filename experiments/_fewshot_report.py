@@ -216,11 +216,8 @@ def write(
     """
     rows = [row for each in seeds for row in rows_of(config, each, counts)]
     rows += cost_rows(config, costs, seeds[0].seed)
-    rows += [
-        {"method": phase, "seed": seeds[0].seed, "metric": metric, "value": value}
-        for phase, spent in (*phases.items(), ("the whole run", total))
-        for metric, value in zip(("phase wall seconds", "phase CPU seconds"), spent, strict=True)
-    ]
+    spent = {**phases, "the whole run": total}
+    rows += phase_rows(spent, seeds[0].seed)
     summary = summary_of(rows)
     made = draw(config, seeds, summary, costs)
     report.write_results(config.out, rows, summary)
@@ -228,7 +225,7 @@ def write(
     headline = [row for row in shown if row["metric"].startswith("accuracy")]
     report.print_table(headline)
     print_costs(costs)
-    print_phases(phases, total)
+    print_phases(spent)
     report.write_report(
         config.out,
         f"Few-shot text classification: {config.source}, {config.ways}-way {config.shots}-shot",
@@ -262,7 +259,16 @@ def print_costs(costs: Sequence[Any]) -> None:
     Console().print(table)
 
 
-def print_phases(phases: Mapping[str, tuple[float, float]], total: tuple[float, float]) -> None:
+def phase_rows(phases: Mapping[str, tuple[float, float]], seed: int) -> list[dict[str, Any]]:
+    """Where the time went as result rows, under the run's first seed."""
+    return [
+        {"method": phase, "seed": seed, "metric": metric, "value": value}
+        for phase, spent in phases.items()
+        for metric, value in zip(("phase wall seconds", "phase CPU seconds"), spent, strict=True)
+    ]
+
+
+def print_phases(phases: Mapping[str, tuple[float, float]]) -> None:
     """Where the time went."""
     from rich.console import Console
     from rich.table import Table
@@ -270,7 +276,7 @@ def print_phases(phases: Mapping[str, tuple[float, float]], total: tuple[float, 
     table = Table(title="seconds by phase", title_justify="left")
     for name in ("phase", "wall", "CPU"):
         table.add_column(name, justify="left" if name == "phase" else "right")
-    for phase, (wall, cpu) in (*phases.items(), ("the whole run", total)):
+    for phase, (wall, cpu) in phases.items():
         table.add_row(phase, f"{wall:.1f}", f"{cpu:.1f}")
     Console().print(table)
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments._fewshot_report import Figure, learning, print_phases
+from experiments._fewshot_report import Figure, learning, phase_rows, print_phases
 from experiments._reviews_scoring import Scored
 from experiments._shared import Trained
 from jmeta.runtime import figures, report
@@ -242,11 +242,8 @@ def write(
         for name, both in reviews.sizes(source.encoded).items()
     }
     rows = [row for each in seeds for row in rows_of(config, each, sizes, counts)]
-    rows += [
-        {"method": phase, "seed": seeds[0].seed, "metric": metric, "value": value}
-        for phase, spent in (*phases.items(), ("the whole run", total))
-        for metric, value in zip(("phase wall seconds", "phase CPU seconds"), spent, strict=True)
-    ]
+    spent = {**phases, "the whole run": total}
+    rows += phase_rows(spent, seeds[0].seed)
     summary = summary_of(rows)
     trained: Any = seeds  # all that the figure reads is each seed's runs
     said = [*verdicts(summary, _learners(counts)), wait_verdict(seeds)]
@@ -262,7 +259,7 @@ def write(
     shown = [row for row in summary if row["metric"] != "accuracy by inner steps"]
     report.print_table([row for row in shown if row["metric"] in map(against, BASELINES)])
     print("\n".join(said))
-    print_phases(phases, total)
+    print_phases(spent)
     report.write_report(
         config.out, f"Few-shot domain adaptation of sentiment: {config.source}, {config.model}",
         _INTRO, config, shown, made, [*said, *_notes(config, seeds, sources, sizes)],

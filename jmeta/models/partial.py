@@ -94,7 +94,7 @@ def trainable(loss: Loss, params: Params, *globs: str) -> tuple[Params, Loss]:
         The leaves that are trained (None for the others), and a loss of those alone.
 
     Raises:
-        ValueError: a glob matches no leaf; the message names the closest paths.
+        ValueError: there is no glob, or one matches no leaf; the message names the closest paths.
 
     Example:
         >>> loss = lambda p, batch, key: (p["head"]["w"] * p["body"]["w"] * batch, {})
@@ -104,6 +104,8 @@ def trainable(loss: Loss, params: Params, *globs: str) -> tuple[Params, Loss]:
         >>> float(jax.grad(lambda t: adapted(t, 5.0, None)[0])(trained)["head"]["w"])
         10.0
     """
+    if not globs:
+        raise ValueError("nothing is trained: name leaves by path globs, such as *NORMS, *HEAD")
     trained, frozen = partition(params, *globs)
 
     def adapted(trained: Params, batch: PyTree, key: Key) -> tuple[Array, PyTree]:

@@ -239,6 +239,12 @@ def test_mistakes_are_named():
         lora.attach(params, {"blocks": {"attn": {"qkv": pair}}}, 1.0)
     with pytest.raises(ValueError, match=r"'blocks.ln1', which is no linear layer"):
         lora.attach(params, {"blocks": {"ln1": pair}}, 1.0)
+    with pytest.raises(
+        ValueError, match=r"'blocks.ln3.\*' matches no leaf; the closest.*'blocks.ln"
+    ):
+        partial.trainable(loss, params, "blocks.ln3.*")
+    with pytest.raises(ValueError, match="nothing is trained"):
+        partial.trainable(loss, params)
     with pytest.raises(ValueError, match="last=3 of 3"):
         partial.split_top(params, 3)
     with pytest.raises(ValueError, match="apart already"):
