@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -13,7 +14,7 @@ import optax
 
 from jmeta.core.types import MetaGradient, PyTree
 from jmeta.files import write_atomically
-from jmeta.runtime import checkpoint, distributed, fit, train
+from jmeta.runtime import agreement, checkpoint, distributed, fit, train
 from jmeta.runtime import config as configuration
 from jmeta.runtime.cache import use_compilation_cache
 from jmeta.runtime.coerce import plain
@@ -51,6 +52,9 @@ def command_line(
     config = configuration.parse(presets, argv)
     with distributed.session():
         use_compilation_cache()
+        # Where the run directory is mounted may differ; nothing else may.
+        named = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+        agreement.require_same({name: value for name, value in named.items() if name != "out"})
         if distributed.is_writer():
             with configuration.track(config) as tracked:
                 run(tracked)

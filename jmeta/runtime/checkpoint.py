@@ -163,8 +163,12 @@ def restore(manager: Any, template: PyTree, *, step: int | None = None) -> Resto
             raise
         except Exception as error:
             why = _first_line(error)
+        # Reading is each process's own; only when all have all of it may they compute with it.
         if distributed.all_say(found is not None).all() and found is not None:
-            return found
+            wrong = _damaged(*found)
+            if wrong is None:
+                return Restored(candidate, found[1]["tree"], found[0]["extra"])
+            why = f"the values of '{wrong}' have a wrong checksum"
         why = why or "another process cannot read its part"
         reasons.append(f"step {candidate}: {why}")
         if step is None and candidate != steps[-1]:
@@ -212,26 +216,37 @@ class _Misfit(ValueError):
     """The checkpoint is whole but of another structure."""
 
 
-def _read(manager: Any, step: int, template: PyTree) -> Restored:
+def _read(manager: Any, step: int, template: PyTree) -> tuple[dict[str, Any], PyTree]:
+    """The head and the state of a checkpoint, by this process alone: it waits for no other."""
     import orbax.checkpoint as ocp
 
-    def read(**items: Any) -> Any:
-        return manager.restore(step, args=ocp.args.Composite(**items))
+    here = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"reads.{here}"
+    )
+    folder = pathlib.Path(manager.directory) / str(step)
+    handler = ocp.CompositeCheckpointHandler()
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
 
-    head = read(head=ocp.args.JsonRestore())["head"]
-    crc = head.pop("crc32")
-    if crc != _crc(head):
-        raise CheckpointError("its head has a wrong checksum")
-    _require_fit(head["leaves"], _kinds(template), f"step {step} in {manager.directory}")
-    shape = (len(head["leaves"]),)
-    prints = jax.ShapeDtypeStruct(shape, jnp.uint32, sharding=_everywhere(template))
-    target = {"tree": jax.tree.map(_struct, template), "fingerprint": prints}
-    state = read(state=ocp.args.StandardRestore(target))["state"]
+        def read(**items: Any) -> Any:
+            return reader.restore(folder, args=ocp.args.Composite(**items))
+
+        head = read(head=ocp.args.JsonRestore())["head"]
+        crc = head.pop("crc32")
+        if crc != _crc(head):
+            raise CheckpointError("its head has a wrong checksum")
+        _require_fit(head["leaves"], _kinds(template), f"step {step} in {manager.directory}")
+        shape = (len(head["leaves"]),)
+        prints = jax.ShapeDtypeStruct(shape, jnp.uint32, sharding=_everywhere(template))
+        target = {"tree": jax.tree.map(_struct, template), "fingerprint": prints}
+        return head, read(state=ocp.args.StandardRestore(target))["state"]
+
+
+def _damaged(head: Mapping[str, Any], state: PyTree) -> str | None:
+    """The first leaf whose values are not those that were saved; every process must ask."""
     found, stored = np.asarray(fingerprint(state["tree"])), np.asarray(state["fingerprint"])
     wrong = [name for name, a, b in zip(head["leaves"], found, stored, strict=True) if a != b]
-    if wrong:
-        raise CheckpointError(f"the values of '{wrong[0]}' have a wrong checksum")
-    return Restored(step, state["tree"], head["extra"])
+    return wrong[0] if wrong else None
 
 
 def _require_fit(saved: dict[str, str], wanted: dict[str, str], where: str) -> None:

@@ -21,8 +21,7 @@ import numpy as np
 import optax
 
 from jmeta.core.types import Array, Info, MetaGradient, PyTree
-from jmeta.files import write_atomically
-from jmeta.runtime import checkpoint, distributed, metrics, nonfinite, parallel
+from jmeta.runtime import agreement, checkpoint, distributed, metrics, nonfinite, parallel
 from jmeta.runtime.batches import (
     Batches,
     RecompilationWarning,
@@ -32,7 +31,7 @@ from jmeta.runtime.batches import (
 )
 from jmeta.runtime.nonfinite import NonFiniteError
 from jmeta.runtime.progress import open_progress
-from jmeta.runtime.train import Stages, TrainState, as_stages, init_state, leaf_name, stage_at
+from jmeta.runtime.train import Stages, TrainState, as_stages, init_state, stage_at
 
 __all__ = [
     "Batches",
@@ -148,6 +147,13 @@ def fit(
     _require(mesh is not None, {"rules": rules}, "a mesh to lay the weights out on: pass mesh=")
     if min(steps, evaluate_every, checkpoint_every, keep) < 0 or log_every < 1:
         raise ValueError("steps, evaluate_every, checkpoint_every, keep >= 0 and log_every >= 1")
+    asked = {
+        "steps": steps, "out": out is None, "evaluate": evaluate is None, "best": best,
+        "evaluate_every": evaluate_every, "checkpoint_every": checkpoint_every, "keep": keep,
+        "log_every": log_every, "resume": resume, "mesh": mesh and dict(mesh.shape),
+        "rules": rules, "position in the data": batches.state(),
+    }  # fmt: skip
+    agreement.require_same(asked)
     schedule, out = as_stages(mg), None if out is None else pathlib.Path(out)
     seed_key = jax.random.key(key) if isinstance(key, int) else key
     state, done = init_state(schedule, outer_optimizer, meta, seed_key), 0
@@ -157,13 +163,13 @@ def fit(
         rules = parallel.REPLICATED if rules is None else rules
         shard = partial(parallel.sharded, mesh=mesh, rules=rules)
         schedule = Stages(schedule.starts, tuple(map(shard, schedule.estimators)))
-        _require_one_start(state)
+        agreement.require_one_start(state)
         state = parallel.place(state, parallel.state_shardings(mesh, state, rules))
 
     with contextlib.ExitStack() as stack:
         manager, record = None, None
         if out is not None:
-            _require_one_folder(out)
+            agreement.require_one_folder(out)
             manager = stack.enter_context(_checkpoints(out / "checkpoints", keep, best))
             state, done = _begin(manager, state, batches, resume)
             record = checkpoint.best_value(manager, best) if best else None
@@ -255,37 +261,6 @@ def _mesh_of_all(batches: Batches, steps: int) -> jax.sharding.Mesh:
     if len(tasks) != 1 or tasks == {()}:
         return parallel.make_mesh()
     return parallel.mesh_for(*tasks.pop())
-
-
-def _require_one_start(state: TrainState) -> None:
-    """The processes begin with the same numbers: what differs would train to nothing in silence."""
-    prints = distributed.all_say(checkpoint.fingerprint(state))
-    named = jax.tree_util.tree_leaves_with_path(state)
-    for process, row in enumerate(prints):
-        for (path, _), mine, theirs in zip(named, prints[0], row, strict=True):
-            if mine != theirs:
-                raise ValueError(
-                    f"process {process} begins with another '{leaf_name(path)}' than process 0: "
-                    "make meta from the same seed in all, and pass the same key="
-                )
-
-
-def _require_one_folder(out: pathlib.Path) -> None:
-    """All processes see the folder: each would otherwise save a part of a checkpoint nobody has."""
-    if jax.process_count() == 1:
-        return
-    mark = out / ".processes"
-    if distributed.is_writer():
-        write_atomically(mark, f"{jax.process_count()}\n")
-    distributed.barrier("the run directory")
-    sees = distributed.all_say(mark.exists())
-    if distributed.is_writer():
-        mark.unlink()
-    if not sees.all():
-        raise ValueError(
-            f"process {int(np.argmin(sees))} does not see what process 0 writes to {out}: give all "
-            "processes one run directory, on a file system or bucket that they share"
-        )
 
 
 def _is_due(done: int, every: int) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import pathlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -53,8 +54,9 @@ def open_log(out: str | os.PathLike | None, step: int) -> MetricsLog:
 
     def write(row: Mapping[str, Any]) -> None:
         strict = {key: None if _is_nan(value) else value for key, value in row.items()}
-        file.write(json.dumps(strict) + "\n")
-        file.flush()  # in the kernel's hands: a killed process loses no row
+        with _named(out / FILE):
+            file.write(json.dumps(strict) + "\n")
+            file.flush()  # in the kernel's hands: a killed process loses no row
         if board is not None:
             for key, value in row.items():
                 if key != "step":
@@ -63,9 +65,10 @@ def open_log(out: str | os.PathLike | None, step: int) -> MetricsLog:
 
     def settle() -> None:
         nonlocal file
-        os.fsync(file.fileno())
-        file.close()  # a mounted bucket has what was written when the file is closed, not before
-        file = open(out / FILE, "a")  # noqa: SIM115
+        with _named(out / FILE):
+            os.fsync(file.fileno())
+            file.close()  # a mounted bucket has what was written when it is closed, not before
+            file = open(out / FILE, "a")  # noqa: SIM115
 
     def close() -> None:
         file.close()
@@ -139,6 +142,15 @@ def scalars(tree: PyTree, prefix: str = "") -> dict[str, float]:
     """The numbers of a pytree by their path; arrays as their mean."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {prefix + leaf_name(path): _mean(leaf) for path, leaf in leaves if np.size(leaf)}
+
+
+@contextlib.contextmanager
+def _named(path: pathlib.Path) -> Iterator[None]:
+    """Say which file a full disk or a lost mount has left unwritten."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"{path} could not be written: {error.strerror}") from error
 
 
 def _mean(value: Any) -> float:

@@ -13,7 +13,7 @@ import optax
 import jmeta
 from jmeta import Episode, Problem
 from jmeta.models import mlp
-from jmeta.runtime import distributed, parallel
+from jmeta.runtime import checkpoint, distributed, parallel
 from jmeta.runtime.fit import fit, from_function
 
 TASKS, SIZES = 16, (4, 8, 1)
@@ -74,11 +74,21 @@ def bits(tree):
 
 
 def train(
-    steps, outer="sgd", mesh=None, rules=False, act=None, source=draw, log_every=1, **options
+    steps,
+    outer="sgd",
+    mesh=None,
+    rules=False,
+    act=None,
+    source=draw,
+    log_every=1,
+    persistent=False,
+    **options,
 ):
     """``fit`` on the regression; returns its result and the tasks this process was given."""
     given = {}
-    mg = jmeta.over_tasks(jmeta.mixed_mode(Problem(loss, loss, lambda meta: optax.sgd(0.1)), 1))
+    problem = Problem(loss, loss, lambda meta: optax.sgd(0.1))
+    mg = jmeta.mixed_mode(problem, 1, persistent=persistent)
+    mg = jmeta.over_tasks(mg, tasks=TASKS if persistent else None)
     result = fit(
         mg,
         OUTER[outer](),
@@ -117,6 +127,18 @@ def vanishing(here, plan):
     return source
 
 
+def blinded(here, plan):
+    """One process cannot read the arrays of a step's checkpoint, which the others can."""
+    read = checkpoint._read
+
+    def blind(manager, step, template):
+        if here in plan["process"] and step == plan["step"]:
+            raise OSError(5, "Input/output error")
+        return read(manager, step, template)
+
+    checkpoint._read = blind
+
+
 def main(spec, here):
     """Do the runs of a specification one after the other, and write what they gave."""
     with distributed.session(
@@ -124,6 +146,9 @@ def main(spec, here):
     ):
         for number, run in enumerate(spec["runs"]):
             run = dict(run)
+            run |= run.pop("only", {}).get(str(here), {})
+            if "blind" in run:
+                blinded(here, run.pop("blind"))
             jax.config.update("jax_enable_x64", run.pop("x64", False))
             act = acting(here, run.pop("act", None))
             source = vanishing(here, run.pop("vanish", None))
@@ -133,6 +158,7 @@ def main(spec, here):
             report = {
                 "losses": [row["loss"] for row in done.history],
                 "meta": bits(done.meta),
+                "students": bits(done.state.estimator_state),
                 "step": int(done.state.step),
                 "interrupted": done.interrupted,
                 "given": given,

@@ -1,5 +1,6 @@
 """The run around the trainer: what it logs and keeps, and how it says what went wrong."""
 
+import errno
 import json
 import math
 import os
@@ -77,6 +78,19 @@ def test_rows_are_on_disk_before_the_checkpoint_that_follows_them(tmp_path, monk
     fit(MG, OUTER, START, batches(), steps=4, **options)
     assert seen == ["rows", (2, 2), "rows", (4, 4)]
     assert [row["step"] for row in metrics.read_log(tmp_path / metrics.FILE)] == [1, 2, 3, 4]
+
+
+def test_a_disk_that_is_full_for_the_rows_is_said_with_the_file(tmp_path, monkeypatch):
+    sync = os.fsync
+
+    def full(descriptor):
+        if os.path.samestat(os.fstat(descriptor), (tmp_path / metrics.FILE).stat()):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(descriptor)
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"metrics\.jsonl could not be written: No space left"):
+        fit(MG, OUTER, START, batches(), steps=2, out=tmp_path, progress=False)
 
 
 def test_without_tensorboardx_there_is_one_note(tmp_path, monkeypatch):
