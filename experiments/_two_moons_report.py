@@ -1,0 +1,223 @@
+"""What a run of Two Moons leaves: the methods' files as one table beside the published, figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments import _two_moons_data as data_of
+from experiments._shared import learning_curve, write_metrics
+from experiments._two_moons_data import Data
+from experiments._two_moons_methods import METHODS, MLM, NONE
+from jmeta.methods import has_collapsed
+from jmeta.runtime import drawing, figures, report
+from jmeta.runtime.statistics import mean_ci, summarise
+from jmeta.tasks.two_moons import GRID
+
+NEIGHBOUR, MAJORITY = "nearest neighbour", "majority"
+# Test accuracy in per cent with one seed; "/": the last checkpoint, the one of the least loss.
+PUBLISHED = {
+    MLM: {10: "61.4 / 73.4", 20: "76.6 / 81.2", 40: "82.4 / 82.8", 80: "85.3 / 83.5",
+          160: "92.3 / 88.9"},
+    "hard": {10: "60.6", 20: "62.9", 40: "74.8", 80: "86.0", 160: "90.5"},
+    "soft": {10: "56.3", 20: "74.6", 40: "71.0", 80: "86.2", 160: "93.2"},
+    "input-only soft": {10: "75.1", 160: "94.0"},
+}  # fmt: skip
+
+Found = dict[str, dict[str, Any]]
+
+
+def write(config: Any, data: Data, files: Sequence[Path]) -> None:
+    """Merge what the methods left into results.json, metrics.jsonl, figures and report.html."""
+    read = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
+    found: Found = {each["method"]: each for each in read}
+    write_metrics(config.out, {name: each["history"] for name, each in found.items()})
+    rows = [row for each in found.values() for row in each["rows"]]
+    rows += trivial_rows(config, data)
+    summary = summarise(rows, baseline=MLM if MLM in found else NONE)
+    report.write_results(config.out, rows, summary)
+    shown = [_beside(row) for row in summary]
+    report.print_table(shown)
+    report.write_report(
+        config.out,
+        "Two Moons as text",
+        _INTRO,
+        config,
+        shown,
+        draw(config, data, found, summary),
+        _notes(config, found),
+    )
+
+
+def _beside(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of accuracy with what was published, in per cent."""
+    if row["metric"] != "accuracy":
+        return dict(row)
+    return {**row, "published": PUBLISHED.get(row["method"], {}).get(row["labels"], "")}
+
+
+def trivial_rows(config: Any, data: Data) -> list[dict[str, Any]]:
+    """Predictors without a network: the more frequent moon, and the nearest labelled point."""
+    rows = []
+    for n in config.label_counts:
+        for seed in config.seed_list:
+            points = data_of.labelled(n, seed, fresh=config.fresh_labels)
+            said = data_of.nearest_neighbour(points, data.test.cells)
+            values = {NEIGHBOUR: (said == data.test.labels).mean(),
+                      MAJORITY: data_of.majority(data.test)}  # fmt: skip
+            rows += [
+                {"method": method, "seed": seed, "metric": "accuracy", "value": float(value),
+                 "labels": n}
+                for method, value in values.items()
+            ]  # fmt: skip
+    return rows
+
+
+def shares(margins: np.ndarray) -> list[list[int]]:
+    """Margins ``[64, 64]`` as the probability of the second moon, in whole per cent."""
+    return np.round(100 / (1 + np.exp(-np.clip(margins, -50, 50)))).astype(int).tolist()
+
+
+def draw(
+    config: Any, data: Data, found: Found, summary: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, tuple[Path, Path]]]:
+    """Accuracy against labels, MLM accuracy against sequences, decision maps, differences."""
+    made = []
+    accuracy = [row for row in summary if row["metric"] == "accuracy"]
+    curves: dict[str, figures.Curve] = {}
+    for method in dict.fromkeys(row["method"] for row in accuracy):
+        mine = [row for row in accuracy if row["method"] == method]
+        curves[method] = (
+            [row["labels"] for row in mine],
+            [row["mean"] for row in mine],
+            [row["ci95"] or 0.0 for row in mine],
+        )
+    made.append(
+        (
+            f"Test accuracy after fine-tuning, with 95 % intervals over {config.seeds} seeds.",
+            figures.adaptation_curves(
+                config.out / "accuracy", curves, "test accuracy", xlabel="labelled points",
+                title="Two Moons as text",
+            ),
+        )
+    )  # fmt: skip
+    trained = {name: each["history"] for name, each in found.items() if each["history"]}
+    names = [f"mlm_accuracy_seed{seed}" for seed in config.seed_list]
+    if trained:
+        made.append(
+            (
+                "Masked tokens that the students find again, on validation sequences, while they "
+                "are pre-trained; only MLM is trained to do so.",
+                figures.learning_curves(
+                    config.out / "mlm",
+                    {name: against_samples(history, names) for name, history in trained.items()},
+                    xlabel="sequences seen", ylabel="MLM accuracy",
+                ),
+            )
+        )  # fmt: skip
+    made.append(
+        (
+            "What the first seed says of every cell of the plane after fine-tuning: the "
+            "probability of the second moon, from white to dark. Dots are the labelled points.",
+            draw_maps(config, data, found),
+        )
+    )
+    if any(row["paired_difference"] is not None for row in accuracy):
+        made.append(
+            (
+                "Differences in test accuracy, paired by seed; filled where the 95 % interval "
+                "excludes zero.",
+                figures.forest(config.out / "differences", accuracy, "accuracy"),
+            )
+        )
+    return made
+
+
+def against_samples(history: list[dict[str, Any]], names: list[str]) -> figures.Curve:
+    """A learning curve over sequences seen, with its interval over seeds."""
+    as_evaluated = [
+        {"step": row["samples"], **{f"eval/{name}": row[name] for name in names}} for row in history
+    ]
+    return learning_curve(as_evaluated, names, mean_ci)
+
+
+def draw_maps(config: Any, data: Data, found: Found) -> tuple[Path, Path]:
+    """The decision maps: a row for each method, a column for each number of labels."""
+    counts = config.label_counts
+    with drawing.style():
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        size = (1.7 * len(counts) + 1.2, 1.75 * (len(found) + 1) + 0.4)
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        all_axes = figure.subplots(len(found) + 1, len(counts), squeeze=False)
+        for column, n in enumerate(counts):
+            points = data_of.labelled(n, config.first_seed, fresh=config.fresh_labels)
+            near = 100 * data_of.nearest_neighbour(points, data.cells).reshape(GRID, GRID)
+            maps = {name: np.asarray(each["maps"][str(n)]) for name, each in found.items()}
+            for row, (name, values) in enumerate({**maps, NEIGHBOUR: near}.items()):
+                axes = all_axes[row, column]
+                axes.imshow(values.T, origin="lower", cmap="Blues", vmin=-15, vmax=115)
+                x, y = points.cells.T
+                colour = np.where(points.labels == 1, drawing.PALETTE[4], drawing.PALETTE[1])
+                axes.scatter(x, y, s=5, c=colour, linewidths=0)
+                axes.set(xticks=[], yticks=[])
+                if row == 0:
+                    axes.set_title(f"{n} labels", fontsize=9)
+                if column == 0:
+                    axes.set_ylabel(name, fontsize=8)
+        return drawing.save(figure, config.out / "maps")
+
+
+def _notes(config: Any, found: Found) -> list[str]:
+    chosen = "; ".join(
+        f"{name}: "
+        + ", ".join(
+            f"{n} labels {c['checkpoint']} {c['rate']:g}" for n, c in each["chosen"].items()
+        )
+        for name, each in found.items()
+    )
+    seconds = ", ".join(
+        f"{name} {each['seconds']['pre-training']:.0f} + {each['seconds']['fine-tuning']:.0f}"
+        for name, each in found.items()
+    )
+    notes = [
+        f"Every method is fine-tuned for {config.finetune_steps} steps of {config.finetune_batch} "
+        f"points, at rates of one grid, {list(config.finetune_rates)}. The rate, and whether the "
+        "last student or that of the least validation loss of MLM is fine-tuned, are chosen on as "
+        "many other labelled points as there are to learn from; nothing is chosen on test points.",
+        f"Chosen: {chosen}.",
+        f"A teacher sees {config.teacher_labels} labelled points while it trains: at "
+        f"{config.teacher_labels} labels the very points that all methods are fine-tuned on, at "
+        "other numbers these and the ones of that number. MLM sees none.",
+        "The published numbers are of one seed, in per cent, and of unequal fine-tuning budgets.",
+        f"Wall-clock seconds of pre-training and fine-tuning, all seeds together: {seconds}.",
+    ]
+    for name, each in found.items():
+        if not each["history"]:
+            continue
+        last = each["history"][-1]
+        for seed in config.seed_list:
+            end = f"_seed{seed}"
+            numbers = {k.removesuffix(end): v for k, v in last.items() if k.endswith(end)}
+            if said := has_collapsed(numbers):
+                notes.append(f"The teacher of {name}, seed {seed}, has collapsed: {said}.")
+        if each["panels"]:
+            notes.append(f"What the first teacher of {name} read and wrote: {each['panels']}")
+    missing = [name for name in METHODS if name not in found]
+    if missing:
+        notes.append(f"Not yet in this run: {', '.join(missing)}.")
+    return notes
+
+
+_INTRO = """Points of two interleaved half circles on a grid of 64 x 64 are written as text, sixteen
+at a time, and a small transformer is pre-trained on them: by masked language modelling, or on what
+a teacher makes of them, which learns by how well the student does on a few labelled points after
+one step. Which pre-training helps to tell the two moons apart from 10 to 160 labelled points?
+
+The nearest labelled point, without any network, is better than all of them."""

@@ -1,0 +1,189 @@
+"""Pre-training of one method: all seeds side by side, many outer steps per dispatch, resumable.
+
+Evaluations count outer steps; the whole state, and every row so far, is in each checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jmeta
+from experiments import _two_moons_data as data_of
+from experiments._two_moons_data import Data
+from experiments._two_moons_methods import Method, adamw, mlm_scores, network
+from jmeta.core.types import Array, Info, PyTree
+from jmeta.files import write_atomically
+from jmeta.runtime import checkpoint
+from jmeta.runtime.train import TrainState
+
+_MONITORED = 64  # validation sequences that a teacher rewrites at each evaluation
+
+
+class Kept(NamedTuple):
+    """What a checkpoint holds; all leaves have a leading axis of seeds.
+
+    Attributes:
+        states: the training states.
+        best: the student with the least validation loss of MLM so far.
+        best_loss: that loss, ``[seeds]``.
+    """
+
+    states: TrainState
+    best: PyTree
+    best_loss: Array
+
+
+class Pretrained(NamedTuple):
+    """What pre-training leaves behind.
+
+    Attributes:
+        latest: the students at the end, leaves ``[seeds, ...]``.
+        best: the students with the least validation loss of MLM.
+        meta: the meta-parameters at the end.
+        history: the rows of the evaluations.
+        seconds: wall time, interrupted attempts included up to their last checkpoint.
+    """
+
+    latest: PyTree
+    best: PyTree
+    meta: PyTree
+    history: list[dict[str, Any]]
+    seconds: float
+
+
+def pretrain(config: Any, data: Data, name: str, method: Method, folder: Path) -> Pretrained:
+    """Train one method to its end, from its newest checkpoint if there is one.
+
+    Args:
+        config: the experiment's configuration.
+        data: the data.
+        name: the method's name.
+        method: the method.
+        folder: for its checkpoints and metrics.jsonl.
+
+    Returns:
+        The students and the history.
+    """
+    seeds, chunks = config.seed_list, config.outer_steps // config.chunk
+    every = chunks // config.evaluations
+    run, look = _programs(config, data, method)
+    template = _begin(config, method)
+    manager = checkpoint.open_checkpoints(folder / "checkpoints", keep=1)
+    kept, history, before, done = template, [], 0.0, 0
+    if manager.all_steps():
+        if not config.resume:
+            sys.exit(f"{folder} holds an unfinished run: add --resume to go on with it")
+        found = checkpoint.restore(manager, template)
+        checkpoint.set_aside(manager, after=found.step)
+        kept, done = found.tree, found.step // config.chunk
+        history, before = found.extra["history"], found.extra["seconds"]
+    begun = time.monotonic()
+    samples = config.chunk * config.micro_batches * config.batch * config.inner_steps
+    print(f"{name}: {config.outer_steps} outer steps", file=sys.stderr, flush=True)
+
+    states = kept.states
+    for at in range(done, chunks):
+        each = [method.chunk(seed, at) for seed in seeds]
+        episodes = jax.tree.map(lambda *leaves: np.stack(leaves, 1), *each)
+        states, info = run(states, episodes)
+        if (at + 1) % every and at + 1 < chunks:
+            continue
+        if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((info.loss, states.meta))):
+            sys.exit(
+                f"{name}: a loss or a parameter is not finite at outer step "
+                f"{(at + 1) * config.chunk}; the newest checkpoint is in {folder}"
+            )
+        kept, numbers = look(kept._replace(states=states))
+        spent = before + time.monotonic() - begun
+        row = {"step": (at + 1) * config.chunk, "samples": (at + 1) * samples, "seconds": spent}
+        row |= _plain(seeds, _numbers(info) | numbers)
+        history.append(row)
+        write_atomically(
+            folder / "metrics.jsonl", "".join(json.dumps(each) + "\n" for each in history)
+        )
+        checkpoint.save(manager, row["step"], kept, extra={"history": history, "seconds": spent})
+        print(_line(name, row, seeds), file=sys.stderr, flush=True)
+    checkpoint.wait(manager)
+    manager.close()
+    latest = jax.vmap(method.student)(kept.states.meta, kept.states.estimator_state)
+    seconds = before + time.monotonic() - begun
+    return Pretrained(latest, kept.best, kept.states.meta, history, seconds)
+
+
+def _begin(config: Any, method: Method) -> Kept:
+    trainer = jmeta.meta_trainer(method.mg, adamw(config.rate, config.warmup))
+
+    def one(key: Array) -> Kept:
+        start, run = jax.random.split(key)
+        state = trainer.init(method.start(start), run)
+        student = method.student(state.meta, state.estimator_state)
+        return Kept(state, student, jnp.float32(jnp.inf))
+
+    keys = jnp.stack([jax.random.key(seed) for seed in config.seed_list])
+    # Each leaf has a buffer of its own: the steps donate theirs.
+    return jax.tree.map(jnp.copy, jax.jit(jax.vmap(one))(keys))
+
+
+def _programs(
+    config: Any, data: Data, method: Method
+) -> tuple[Callable[..., Any], Callable[[Kept], Any]]:
+    """One dispatch of training, and one look at the students and what teaches them."""
+    trainer = jmeta.meta_trainer(method.mg, adamw(config.rate, config.warmup))
+    scores = mlm_scores(network(config, data))
+    held_out = jax.tree.map(jnp.asarray, data.held_out)
+    read = data_of.unlabelled(data.held_out, data.words)
+    read = {k: jnp.asarray(read[k][:_MONITORED]) for k in ("tokens", "mask", "ordinary")}
+
+    def run(states: TrainState, episodes: PyTree) -> tuple[TrainState, Info]:
+        return jax.lax.scan(jax.vmap(trainer.step), states, episodes)
+
+    def one(kept: Kept) -> tuple[Kept, dict[str, Array]]:
+        state = kept.states
+        student = method.student(state.meta, state.estimator_state)
+        loss, accuracy = scores(student, held_out)
+        better = loss < kept.best_loss
+        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), student, kept.best)
+        numbers = {"mlm_loss": loss, "mlm_accuracy": accuracy, **method.monitor(state.meta, read)}
+        return Kept(state, best, jnp.where(better, loss, kept.best_loss)), numbers
+
+    return jax.jit(run, donate_argnums=0), jax.jit(jax.vmap(one))
+
+
+def _numbers(info: Info) -> dict[str, Array]:
+    """A chunk's means for each seed, ``[seeds]``."""
+    return {
+        key: jnp.mean(value, axis=0)
+        for key, value in {"loss": info.loss, **info.diagnostics}.items()
+    }
+
+
+def _plain(seeds: list[int], numbers: dict[str, Array]) -> dict[str, Any]:
+    """Each number of each seed, as ``name_seedN``."""
+    return {
+        f"{key}_seed{seed}": float(f"{value:.6g}")
+        for key, values in numbers.items()
+        for seed, value in zip(seeds, np.asarray(values, np.float64), strict=True)
+    }
+
+
+def mean_of(row: dict[str, Any], key: str, seeds: list[int]) -> float:
+    """The mean over seeds of a number in a row of the history."""
+    return float(np.mean([row[f"{key}_seed{seed}"] for seed in seeds]))
+
+
+def _line(name: str, row: dict[str, Any], seeds: list[int]) -> str:
+    wanted = ("loss", "mlm_loss", "mlm_accuracy", "meta_norm", "auxiliary_norm", "cosine",
+              "inputs_entropy", "labels_entropy", "inputs_copied", "mask_rate")  # fmt: skip
+    said = [
+        f"{key} {mean_of(row, key, seeds):.4g}" for key in wanted if f"{key}_seed{seeds[0]}" in row
+    ]
+    return f"{name}: {row['samples']} samples, {row['seconds']:.0f} s, {', '.join(said)}"

@@ -1,0 +1,285 @@
+"""Two Moons as text: teachers that write what a student is pre-trained on, beside MLM.
+
+A student is pre-trained on sequences of points, fine-tuned on 10 to 160 labelled ones, and tested.
+All seeds of a method are trained at once; a method is kept when it is done, and others join it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from experiments import _two_moons_data as data_of
+from experiments import _two_moons_methods as methods_of
+from experiments import _two_moons_report as page
+from experiments._shared import command_line, record
+from experiments._two_moons_methods import METHODS, MLM, NONE
+from experiments._two_moons_training import Pretrained, pretrain
+from experiments._two_moons_tuning import Tuned, fine_tune, fine_tuner
+from jmeta import methods
+from jmeta.files import write_atomically
+from jmeta.models import masked_lm
+from jmeta.runtime import config as configuration
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(configuration.RunConfig):
+    """Two Moons as text: teachers that write what a student is pre-trained on, beside MLM."""
+
+    seeds: int = 5
+    """Number of seeds, trained side by side."""
+    methods: tuple[str, ...] = METHODS
+    """Which are pre-trained by this call; those that are in the run directory already are kept."""
+    label_counts: tuple[int, ...] = (10, 20, 40, 80, 160)
+    """Labelled points to fine-tune on; as many others choose checkpoint and rate."""
+    fresh_labels: bool = False
+    """Labelled points of each seed's own, in place of the published ones for all seeds."""
+    samples: int = 640_000
+    """Sequences that each method is pre-trained on, repetitions counted."""
+    batch: int = 4
+    """Sequences of a micro-batch."""
+    micro_batches: int = 4
+    """Micro-batches of an outer step, which unroll from the same student."""
+    chunk: int = 50
+    """Outer steps of one dispatch."""
+    evaluations: int = 40
+    """How often students and teachers are looked at, and saved, while they train."""
+    width: int = 8
+    """Width of student and teacher."""
+    layers: int = 2
+    """Their layers."""
+    heads: int = 2
+    """Their attention heads."""
+    ff: int = 32
+    """Width inside their feed-forward layers."""
+    dropout: float = 0.1
+    """Dropout, of the residual branches and of attention, while a student learns."""
+    rate: float = 0.08
+    """AdamW's rate of students and teachers before its inverse square root schedule: the peak is
+    this over the root of warmup."""
+    warmup: int = 1000
+    """Outer steps until the peak."""
+    inner_rate: float = 0.1
+    """Rate of the student's step on labelled points inside a teacher's step."""
+    inner_steps: int = 1
+    """Steps on rewritten text inside a teacher's step."""
+    teacher_labels: int = 10
+    """Labelled points that a teacher sees: the set that students of as many labels get."""
+    mlm_task: tuple[str, ...] = ("soft", "input-only soft")
+    """Methods whose student is scored on MLM half of the time, on labelled points otherwise."""
+    mask_bug: bool = False
+    """Count the missing labels of MLM as a task as [PAD], as the published runs did."""
+    soft_weight: float = 100.0
+    """Weight of the meta-gradient of soft teachers beside their own MLM losses."""
+    soft_gradient: Literal["exact", "first_order"] = "exact"
+    """Meta-gradient of soft teachers: through the student's Hessians, or without."""
+    hard_weight: float = 100.0
+    """Weight of the meta-gradient of hard teachers."""
+    coefficient: Literal["exact", "first_order", "cosine", "loss_difference", "negative_loss"] = (
+        "exact"
+    )
+    """What a drawn example is worth to a hard teacher."""
+    weighting: Literal["sum", "mean"] = "sum"
+    """Log-probability of a drawn example: sum over its tokens, or the published mean."""
+    baseline: Literal["leave_one_out", "moving_average", "none"] = "leave_one_out"
+    """What is subtracted from the worth."""
+    restart_every: int = 0
+    """Outer steps of a student's life beside a teacher; 0: one student for ever."""
+    population: int = 1
+    """Students that a teacher teaches in turn."""
+    finetune_steps: int = 1000
+    """Steps of fine-tuning, for every method and number of labels."""
+    finetune_batch: int = 8
+    """Points of each."""
+    finetune_rates: tuple[float, ...] = (0.003, 0.01, 0.04, 0.12)
+    """AdamW's rates to choose from; the peak is a rate over the root of ten."""
+    validation_sequences: int = 1000
+    """Sequences on which MLM is validated."""
+    test_points: int = 1000
+    """Points of the final number."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "methods", _named("methods", self.methods, METHODS))
+        teachers = tuple(name for name in METHODS if name != MLM)
+        object.__setattr__(self, "mlm_task", _named("mlm_task", self.mlm_task, teachers))
+        if not self.methods:
+            raise ValueError(f"no methods: choose of {', '.join(METHODS)}")
+        for n in (*self.label_counts, self.teacher_labels):
+            if n < 2:
+                raise ValueError(f"{n} labelled points cannot hold one of each moon: at least 2")
+        if not self.label_counts or len(set(self.label_counts)) < len(self.label_counts):
+            raise ValueError(f"label_counts {self.label_counts}: different numbers, at least one")
+        per_dispatch = self.batch * self.micro_batches * self.inner_steps * self.chunk
+        if min(self.batch, self.micro_batches, self.inner_steps, self.chunk) < 1:
+            raise ValueError("batch, micro_batches, inner_steps and chunk are at least 1")
+        if self.samples < per_dispatch or self.samples % per_dispatch:
+            raise ValueError(
+                f"samples={self.samples} is no multiple of the {per_dispatch} sequences of a "
+                "dispatch (batch * micro_batches * inner_steps * chunk)"
+            )
+        if not 1 <= self.evaluations <= self.samples // per_dispatch:
+            raise ValueError(
+                f"evaluations={self.evaluations}: between 1 and the {self.samples // per_dispatch} "
+                "dispatches of a method"
+            )
+        hard = [name for name in self.methods if name in methods_of.HARD]
+        if hard and self.baseline == "leave_one_out" and self.micro_batches < 2:
+            raise ValueError("leave_one_out compares micro-batches: set micro_batches to 2 or more")
+        if self.mask_bug and not set(self.methods) & set(self.mlm_task):
+            raise ValueError(
+                "mask_bug is about MLM as a labelled task, which none of these methods has: name "
+                "them in mlm_task"
+            )
+        if not 1 <= self.validation_sequences <= 1000 or not 1 <= self.test_points <= 1000:
+            raise ValueError("validation_sequences and test_points are between 1 and 1000")
+        if self.validation_sequences % min(50, self.validation_sequences):
+            raise ValueError("validation_sequences above 50 are a multiple of 50")
+        if min(self.finetune_steps, self.finetune_batch, self.population) < 1:
+            raise ValueError("finetune_steps, finetune_batch and population are at least 1")
+        if self.restart_every < 0 or not self.finetune_rates:
+            raise ValueError("restart_every is 0 or more, and finetune_rates are at least one")
+
+    @property
+    def outer_steps(self) -> int:
+        """Outer steps of a method."""
+        return self.samples // (self.batch * self.micro_batches * self.inner_steps)
+
+
+def _named(field: str, names: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
+    """Names as a list or with commas between them, in the order of those that there are."""
+    asked = [part.strip() for name in names for part in name.split(",") if part.strip()]
+    unknown = [name for name in asked if name not in known]
+    if unknown:
+        raise ValueError(f"{field} {', '.join(unknown)}: choose of {', '.join(known)}")
+    return tuple(name for name in known if name in asked)
+
+
+PRESETS = {
+    "quick": Config(
+        seeds=2, samples=12_800, evaluations=4, warmup=100, label_counts=(10, 160),
+        methods=(MLM, "input-only soft"), finetune_steps=300, finetune_rates=(0.01, 0.04),
+        validation_sequences=200,
+    ),
+    "paper": Config(),
+    "smoke": Config(
+        seeds=2, samples=32, batch=2, micro_batches=2, chunk=2, evaluations=2, warmup=2,
+        width=4, layers=1, heads=1, ff=4, label_counts=(2, 10), methods=(MLM, "mask-only"),
+        finetune_steps=4, finetune_batch=2, finetune_rates=(0.01, 0.04), validation_sequences=4,
+        test_points=40,
+    ),
+}  # fmt: skip
+
+
+def check(config: Config, data: data_of.Data, name: str, method: methods_of.Method) -> None:
+    """Look at a method's first batch before anything is compiled."""
+    if name != MLM:
+        first = jax.tree.map(lambda leaf: leaf[0], method.chunk(config.first_seed, 0))
+        methods.check_teacher(first, vocabulary=data.words.size, positions=data_of.POSITIONS)
+
+
+def fresh_students(config: Config, data: data_of.Data) -> Any:
+    """Students that learned nothing, ``[seeds, ...]``."""
+    shape = methods_of.network(config, data)
+    keys = [jax.random.key(seed) for seed in config.seed_list]
+    return jax.vmap(lambda key: masked_lm.init(shape, key))(jax.numpy.stack(keys))
+
+
+def file_of(config: Config, name: str) -> Path:
+    """Where a method's results are kept."""
+    return config.out / "methods" / f"{name.replace(' ', '-')}.json"
+
+
+def keep(
+    config: Config, name: str, tuned: dict[int, Tuned], trained: Pretrained | None,
+    tuning_seconds: float, panels: str,
+) -> None:  # fmt: skip
+    """Write what is known of a method: rows, history, choices and the first seed's maps."""
+    rows: list[dict[str, Any]] = []
+    for n, found in tuned.items():
+        for metric, values in (("accuracy", found.test), ("validation accuracy", found.validation)):
+            rows += [
+                {"method": name, "seed": seed, "metric": metric, "value": float(value), "labels": n}
+                for seed, value in zip(config.seed_list, values, strict=True)
+            ]
+    if trained is not None:
+        last = trained.history[-1]
+        rows += [
+            {"method": name, "seed": seed, "metric": "MLM accuracy",
+             "value": last[f"mlm_accuracy_seed{seed}"]}
+            for seed in config.seed_list
+        ]  # fmt: skip
+    content = {
+        "method": name,
+        "rows": rows,
+        "chosen": {str(n): {"checkpoint": t.checkpoint, "rate": t.rate} for n, t in tuned.items()},
+        "history": [] if trained is None else trained.history,
+        "seconds": {"pre-training": 0.0 if trained is None else trained.seconds,
+                    "fine-tuning": tuning_seconds},
+        # Shares in per cent of the first seed's logistic outputs, by x and y.
+        "maps": {str(n): page.shares(t.margins[0]) for n, t in tuned.items()},
+        "panels": panels,
+    }  # fmt: skip
+    write_atomically(file_of(config, name), json.dumps(content) + "\n")
+
+
+def panels_of(
+    config: Config, data: data_of.Data, method: methods_of.Method, trained: Pretrained
+) -> str:
+    """What the first seed's teacher read and wrote."""
+    if method.panel is None:
+        return ""
+    read = data_of.unlabelled(data.held_out, data.words)
+    read = {k: read[k][:4] for k in ("tokens", "mask", "ordinary")}
+    meta = jax.tree.map(lambda leaf: leaf[0], trained.meta)
+    pseudo = jax.jit(method.panel)(meta, read, jax.random.key(config.first_seed))
+
+    def decode(ids: list[int]) -> str:
+        return data.words.tokenizer.decode(ids, skip_special_tokens=False)
+
+    return methods.panels(read, pseudo, decode)
+
+
+def run(config: Config) -> None:
+    """Pre-train, fine-tune, test, and write the run directory."""
+    record(config, "methods")
+    data = data_of.load(config.validation_sequences, config.test_points)
+    wanted = [name for name in config.methods if not file_of(config, name).exists()]
+    built = {name: methods_of.build(config, data, name) for name in wanted}
+    for name, method in built.items():
+        try:
+            check(config, data, name, method)
+        except (TypeError, ValueError) as error:
+            sys.exit(f"{name}: {error}")
+    program = fine_tuner(config, data)
+
+    def tune(students: Sequence[Any]) -> tuple[dict[int, Tuned], float]:
+        begun = time.monotonic()
+        found = {n: fine_tune(config, data, program, students, n) for n in config.label_counts}
+        return found, time.monotonic() - begun
+
+    for name, method in built.items():
+        trained = pretrain(config, data, name, method, file_of(config, name).with_suffix(""))
+        tuned, seconds = tune([trained.latest, trained.best])
+        keep(config, name, tuned, trained, seconds, panels_of(config, data, method, trained))
+    if not file_of(config, NONE).exists():
+        students = fresh_students(config, data)
+        tuned, seconds = tune([students, students])
+        keep(config, NONE, tuned, None, seconds, "")
+    page.write(config, data, [file_of(config, name) for name in (*METHODS, NONE)])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    command_line(PRESETS, run, argv)
+
+
+if __name__ == "__main__":
+    main()
