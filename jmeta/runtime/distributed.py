@@ -73,8 +73,16 @@ def initialize(
         processes if processes is not None else _number(COUNT),
         process if process is not None else _number(INDEX),
     )
-    heartbeat = heartbeat_seconds or _number(HEARTBEAT) or 30
+    asked = heartbeat_seconds if heartbeat_seconds is not None else _number(HEARTBEAT)
+    heartbeat = 30 if asked is None else asked
+    if heartbeat < 1:
+        raise ValueError(f"the heartbeat is {heartbeat} seconds; it must be positive")
     if _is_complete(given):
+        if not 0 <= int(given[2]) < int(given[1]):  # JAX would wait for ever
+            raise ValueError(
+                f"process {given[2]} of {given[1]}: they are numbered from 0, so {INDEX} is less "
+                f"than {COUNT}"
+            )
         _reach(given[0], given[2], connect_seconds)
     try:
         jax.distributed.initialize(

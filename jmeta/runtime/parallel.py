@@ -203,6 +203,11 @@ def shard_episodes(mesh: Mesh, episodes: PyTree) -> PyTree:
         if isinstance(leaf, jax.Array) and leaf.sharding.device_set == devices:
             return leaf
         leaf = np.asarray(leaf)
+        if not leaf.ndim:
+            raise ValueError(
+                "an episode's leaf is a single number: every leaf of batched episodes needs a "
+                "leading task axis, by which devices share them"
+            )
         tasks = leaf.shape[0] * jax.process_count()
         if tasks % task_parts(mesh):
             raise ValueError(

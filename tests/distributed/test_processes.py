@@ -176,6 +176,8 @@ def test_one_machine_needs_nothing(monkeypatch):
         (("localhost:1",), ValueError, "JAX_NUM_PROCESSES and JAX_PROCESS_ID must be given too"),
         ((None, 2, 1), ValueError, "JAX_COORDINATOR_ADDRESS must be given too"),
         (("localhost", 2, 1), ValueError, "host:port, not 'localhost'"),
+        (("localhost:1", 2, 2), ValueError, "process 2 of 2: they are numbered from 0"),
+        (("localhost:1", 2, -1), ValueError, "process -1 of 2"),
         (
             ("localhost:1", 2, 1),
             ConnectionError,
@@ -194,6 +196,9 @@ def test_a_scheduler_that_was_not_heeded_is_said(monkeypatch):
     jax.devices()
     monkeypatch.setenv("SLURM_NTASKS", "4")
     with pytest.raises(RuntimeError, match="JAX is in use already"):
+        distributed.initialize()
+    monkeypatch.setenv("JMETA_HEARTBEAT_SECONDS", "0")
+    with pytest.raises(ValueError, match="heartbeat is 0 seconds; it must be positive"):
         distributed.initialize()
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
     with pytest.raises(ValueError, match="JAX_NUM_PROCESSES is 'two'"):
