@@ -205,6 +205,8 @@ def read_settings(
     }.items():
         if settings.get(name) is refused:
             raise ValueError(f"config.json has {name}={refused}, which jmeta's {model} does not do")
+    if settings.get("quantization_config"):
+        raise ValueError("config.json has a quantization_config; jmeta reads plain weights")
     if settings.get("position_embedding_type", "absolute") != "absolute":
         raise ValueError(
             f"config.json has position_embedding_type={settings['position_embedding_type']!r}; "

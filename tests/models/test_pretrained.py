@@ -377,6 +377,7 @@ def test_missing_misshapen_and_unexpected_tensors_are_named(folder):
         ({"is_decoder": True}, "is_decoder=True"),
         ({"position_embedding_type": "relative_key"}, "relative_key"),
         ({"hidden_act": "relu"}, "activation 'relu'"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"hidden_size": "8"}, "hidden_size='8', which is no number above 0"),
         ({"num_attention_heads": 0}, "num_attention_heads=0"),
         ({"num_hidden_layers": -1}, "num_hidden_layers=-1"),

@@ -153,24 +153,26 @@ def write_weights(folder: pathlib.Path, case: Case, shapes: dict[str, tuple[int,
         )
 
 
+@functools.partial(quick_jit, static_argnums=(0, 1))
+def _everything(config: Any, second: bool, params: Any, direction: Any, arrays: Any) -> Any:
+    """One program for padding on either side."""
+    model = pretrained.model(config)
+
+    def loss(params: Any) -> jax.Array:
+        return model.loss(config, params, arrays)[0]
+
+    grad = jax.grad(loss)
+    product = jax.jvp(grad, (params,), (direction,))[1] if second else {}
+    return model.apply(config, params, arrays), loss(params), grad(params), product
+
+
 def run(folder: pathlib.Path, case: Case, *, second: bool = True) -> dict[str, np.ndarray]:
     """Scores, loss, gradients and Hessian-vector product of jmeta, under transformers' names."""
     config, params, *_ = pretrained.from_pretrained(folder / "weights")
     config = config._replace(loop="scan")  # compiles faster, and nothing is compared for speed
     direction = pretrained.from_pretrained(folder / "direction").params
-    model = pretrained.model(config)
     arrays = jax.tree.map(jnp.asarray, batch(case))
-
-    def loss(params):
-        return model.loss(config, params, arrays)[0]
-
-    @quick_jit
-    def everything(params, direction):
-        grad = jax.grad(loss)
-        product = jax.jvp(grad, (params,), (direction,))[1] if second else {}
-        return model.apply(config, params, arrays), loss(params), grad(params), product
-
-    scores, value, grads, product = everything(params, direction)
+    scores, value, grads, product = _everything(config, second, params, direction, arrays)
     out = {"scores": np.asarray(scores), "loss": np.asarray(value)}
     for kind, tree in {"grad": grads, "hvp": product}.items():
         for name, lazy in pretrained.export(config, tree).items() if tree else ():

@@ -1,5 +1,6 @@
 """jmeta's language models against transformers in PyTorch, live: ``make parity``."""
 
+import jax
 import numpy as np
 import parity_cases as parity
 import pytest
@@ -31,6 +32,35 @@ def test_transformers_loads_what_we_write(x64, case, tmp_path):
     after = parity.run_torch(tmp_path / "again", case)
     for name in before:
         np.testing.assert_array_equal(before[name], after[name])
+
+
+@pytest.mark.parametrize("model", parity.SETTINGS)
+def test_what_transformers_saves_is_read_whole_and_in_shards(x64, model, tmp_path):
+    """Of a classifier and of a body, pooler included, which then goes back without a gap."""
+    import transformers
+
+    for name in (
+        parity.CLASSES[model] + parity.SUFFIX["classify"],
+        parity.CLASSES[model] + "Model",
+    ):
+        cls = getattr(transformers, name)
+        made = cls(transformers.AutoConfig.for_model(**parity.SETTINGS[model])).double()
+        made.save_pretrained(tmp_path / name / "whole")
+        made.save_pretrained(tmp_path / name / "shards", max_shard_size="4KB")
+        assert len(list((tmp_path / name / "shards").glob("*.safetensors"))) > 1
+        whole, shards = (
+            pretrained.from_pretrained(tmp_path / name / kind) for kind in ("whole", "shards")
+        )
+        assert whole.unused == shards.unused == ()
+        jax.tree.map(np.testing.assert_array_equal, whole.params, shards.params)
+        again = pretrained.to_pretrained(tmp_path / name / "again", whole.config, whole.params)
+        loaded, report = cls.from_pretrained(
+            again, dtype=torch.float64, output_loading_info=True
+        )  # fmt: skip
+        assert not report["missing_keys"], report
+        assert not report["unexpected_keys"], report
+        for key, tensor in made.state_dict().items():
+            assert (loaded.state_dict()[key] == tensor).all(), key
 
 
 @pytest.mark.parametrize("case", parity.PEFT, ids=lambda case: case.name)
