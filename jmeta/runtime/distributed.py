@@ -77,11 +77,12 @@ def initialize(
     heartbeat = 30 if asked is None else asked
     if heartbeat < 1:
         raise ValueError(f"the heartbeat is {heartbeat} seconds; it must be positive")
+    _, count, index = given
     if _is_complete(given):
-        if not 0 <= int(given[2]) < int(given[1]):  # JAX would wait for ever
-            raise ValueError(
-                f"process {given[2]} of {given[1]}: they are numbered from 0, so {INDEX} is less "
-                f"than {COUNT}"
+        if count is not None and index is not None and not 0 <= index < count:
+            raise ValueError(  # JAX would wait for ever
+                f"process {index} of {count}: they are numbered from 0, so {INDEX} is less than "
+                f"{COUNT}"
             )
         _reach(given[0], given[2], connect_seconds)
     try:

@@ -303,7 +303,7 @@ def test_host_data_become_global_arrays():
     other = make_mesh(MeshConfig(), jax.devices()[3:4])
     moved = parallel.shard_episodes(other, jax.tree.map(jnp.asarray, episodes)).support["x"]
     assert moved.devices() == {jax.devices()[3]}
-    with pytest.raises(ValueError, match="leaf is a single number: .* leading task axis"):
+    with pytest.raises(ValueError, match=r"leaf is a single number: .* leading task axis"):
         parallel.shard_episodes(mesh, {"x": np.ones(8), "rate": 0.1})
     with pytest.raises(ValueError, match=r"batch of 6 tasks .* tasks=2 x fsdp=2"):
         parallel.shard_episodes(mesh, jax.tree.map(lambda a: a[:6], episodes))
