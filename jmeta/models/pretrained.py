@@ -162,7 +162,7 @@ def to_pretrained(
         The folder.
 
     Raises:
-        ValueError: a leaf is missing, misshapen, or not one of the model's.
+        ValueError: a leaf is missing, misshapen, not one of the model's, or split over processes.
 
     Example:
         >>> import tempfile
@@ -202,7 +202,7 @@ def export(config: Config, params: Params) -> dict[str, Lazy]:
         ``{name: Lazy}``; ``make()`` is the tensor as transformers stores it.
 
     Raises:
-        ValueError: a leaf is missing, misshapen, or not one of the model's.
+        ValueError: a leaf is missing, misshapen, not one of the model's, or split over processes.
     """
     shapes = jax.eval_shape(lambda: model(config).init(config, jax.random.key(0)))
     wanted = {path: leaf.shape for path, leaf in _named(shapes)}
@@ -221,6 +221,11 @@ def export(config: Config, params: Params) -> dict[str, Lazy]:
         if held[path].shape != shape:
             raise ValueError(
                 f"the leaf {path!r} has shape {held[path].shape}, the config means {shape}"
+            )
+        if not _at_hand(held[path]):
+            raise ValueError(
+                f"the leaf {path!r} is split over several processes; in all of them, call "
+                "jmeta.runtime.distributed.whole(params) first"
             )
     made: dict[str, Lazy] = {}
     for tensor in table:
@@ -243,8 +248,15 @@ def _piece(leaf: Any, layer: int | None, transposed: bool) -> Lazy:
     return Lazy(shape[::-1] if transposed else shape, str(leaf.dtype), make)
 
 
+def _at_hand(leaf: Any) -> bool:
+    """Whether this process holds all of a leaf."""
+    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated
+
+
 def _on_host(leaf: Any, layer: int | None) -> np.ndarray:
-    """A leaf, or one of its layers, as numpy has it."""
+    """A leaf, or one of its layers, as numpy has it; nothing that other processes must join in."""
+    if isinstance(leaf, jax.Array) and leaf.is_fully_replicated:
+        leaf = leaf.addressable_data(0)
     devices = leaf.devices() if isinstance(leaf, jax.Array) else ()
     if len(devices) > 1 or any(device.platform != "cpu" for device in devices):
         # What asarray makes of a leaf that is elsewhere, or in pieces, stays as long as the leaf:

@@ -304,6 +304,28 @@ def test_no_copy_of_a_sharded_model_stays_behind(tmp_path):
     same(from_pretrained(tmp_path).params, params)
 
 
+def test_a_model_split_over_processes_is_refused_before_anything_is_written(
+    folder, tmp_path, monkeypatch
+):
+    params = from_pretrained(folder).params
+    lacking = params["blocks"]["ln1"]["bias"]
+    monkeypatch.setattr(pretrained, "_at_hand", lambda leaf: leaf is not lacking)
+    with pytest.raises(ValueError, match=r"'blocks.ln1.bias' is split over several processes; in"):
+        to_pretrained(tmp_path / "new", BERT, params)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_replicated_model_is_written_from_one_copy(folder, tmp_path):
+    """Without a computation that the other processes of a launch would have to join."""
+    mesh = jax.make_mesh((8,), ("all",), axis_types=(jax.sharding.AxisType.Auto,))
+    params = from_pretrained(folder, sharding=NamedSharding(mesh, PartitionSpec())).params
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jnp, "copy", None)
+        patch.setattr(type(params["embed"]["tokens"]), "__getitem__", None)
+        to_pretrained(tmp_path, BERT, params)
+    same(from_pretrained(tmp_path).params, params)
+
+
 RESIDENT = """
 import resource, sys
 import jax, jax.numpy as jnp
