@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 import optax
 
@@ -42,7 +44,7 @@ def inverse_sqrt(
         raise ValueError(f"no such schedule: warmup={warmup}, power={power}, total={total}")
     scale = 1.0 if total is None else 1 / (1 - float(total) ** power)
 
-    def schedule(count: Array | int) -> Array:
+    def schedule(count: Any) -> Array:
         step = jnp.asarray(count, float) + 1
         value = scale * jnp.maximum(step, max(warmup, 1)) ** power + (1 - scale)
         return rate * jnp.maximum(value, 0) * jnp.minimum(step / max(warmup, 1), 1)

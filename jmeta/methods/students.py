@@ -34,7 +34,7 @@ class Student(NamedTuple):
     """
 
     loss: TaskLoss
-    start: Callable[[Key], PyTree]
+    start: Callable[[Any], PyTree]
     optimizer: optax.GradientTransformation
     support_optimizer: optax.GradientTransformation = optax.sgd(0.1)
     support_steps: int = 1

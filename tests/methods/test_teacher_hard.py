@@ -121,7 +121,8 @@ def test_estimate_is_unbiased_under_every_baseline(kind, name):
 
     def likely(meta, tokens):
         scores = {"inputs": jnp.broadcast_to(meta["inputs"][tokens], (9, 2, VOCAB))}
-        return jnp.exp(log_probability(scores, {"inputs": every}, np.ones((9, 2))))
+        drawn = {"inputs": jnp.asarray(every)}
+        return jnp.exp(log_probability(scores, drawn, jnp.ones((9, 2))))
 
     def after(tokens, drawn, episode):
         ones = np.ones((1, 2))
