@@ -19,9 +19,10 @@ import numpy as np
 from jmeta.core.tree import path_name
 from jmeta.files import write_atomically
 from jmeta.models import lora, names, tensorfile
+from jmeta.models.folders import json_object, local_folder
 from jmeta.models.names import Config, Tensor
 from jmeta.models.partial import put
-from jmeta.models.pretrained import json_object, local_folder, model
+from jmeta.models.pretrained import model
 from jmeta.models.tensorfile import Lazy, Stored
 
 Params = dict[str, Any]

@@ -5,7 +5,6 @@ Tensors are read one by one, straight into stacked arrays of the dtype and shard
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
@@ -20,7 +19,8 @@ import numpy as np
 from jmeta.core.tree import path_name
 from jmeta.core.types import Array, Key
 from jmeta.files import write_atomically
-from jmeta.models import bert, gpt2, names, tensorfile
+from jmeta.models import bert, folders, gpt2, names, settings_file, tensorfile
+from jmeta.models.folders import INDEX, WEIGHTS
 from jmeta.models.names import Config, Tensor
 from jmeta.models.partial import put
 from jmeta.models.tensorfile import Lazy, Stored
@@ -28,7 +28,6 @@ from jmeta.models.tensorfile import Lazy, Stored
 Params = dict[str, Any]
 Shardings: TypeAlias = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], Any] | None
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATING = ("float64", "float32", "float16", "bfloat16")
 
 
@@ -109,9 +108,9 @@ def from_pretrained(
     """
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"dtype={jnp.dtype(dtype)}: parameters are floating-point numbers")
-    folder = local_folder(source, ["config.json", "*.safetensors", INDEX], _whole)
-    settings = json_object(folder / "config.json")
-    config = names.read_settings(settings, head)
+    folder = folders.local_folder(source, ["config.json", "*.safetensors", INDEX], folders.whole)
+    settings = folders.json_object(folder / "config.json")
+    config = settings_file.read_settings(settings, head)
     if labels is not None:
         if labels < 1:
             raise ValueError(f"labels={labels} is below 1")
@@ -174,7 +173,7 @@ def to_pretrained(
     folder = Path(folder)
     tensors = export(config, params)
     folder.mkdir(parents=True, exist_ok=True)
-    decided = names.write_settings(config)
+    decided = settings_file.write_settings(config)
     kept = dict(settings or {})
     if len(kept.get("id2label", decided.get("id2label", ()))) == config.labels:
         decided = {k: v for k, v in decided.items() if k not in ("id2label", "label2id")} | {
@@ -266,73 +265,10 @@ def _on_host(leaf: Any, layer: int | None) -> np.ndarray:
     return whole if layer is None else whole[layer]
 
 
-def local_folder(
-    source: str | os.PathLike[str], patterns: list[str], whole: Callable[[Path], bool]
-) -> Path:
-    """A local folder, or that of a model on the hub once huggingface_hub has it.
-
-    Args:
-        source: a folder, or the name of a model.
-        patterns: the files needed.
-        whole: whether they are all in a folder; where the cache holds others alone, such as the
-            tokeniser's, the rest is downloaded.
-
-    Returns:
-        The folder.
-
-    Raises:
-        FileNotFoundError: neither.
-    """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    name = str(source)
-    try:
-        if folder.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
-            raise ValueError("it is no folder, and no name of a model either")
-        from huggingface_hub import snapshot_download
-
-        with contextlib.suppress(OSError):  # what is in the cache needs no network
-            held = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
-            if whole(held):
-                return held
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
-        # Their own messages run over many lines; the last of the causes says enough.
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise FileNotFoundError(
-            f"{name!r} is neither a local folder nor in huggingface_hub's cache, and could not be "
-            f"downloaded ({reason}): give the path of a folder that holds config.json and "
-            "model.safetensors, as transformers' save_pretrained writes it"
-        ) from error
-
-
-def _listed(folder: Path) -> dict[str, str]:
-    """Tensors to files, as the index of a sharded checkpoint has it; empty of a single file."""
-    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
-        return {}  # one file comes first, as in transformers: an index may be of a former model
-    listed = json_object(folder / INDEX).get("weight_map")
-    if not isinstance(listed, dict) or not listed:
-        raise ValueError(f"{folder / INDEX} has no weight_map of tensors to files")
-    for name, file in listed.items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise ValueError(f"{folder / INDEX} puts the tensor {name!r} into {file!r}, outside")
-    return listed
-
-
-def _weights(folder: Path, listed: Mapping[str, str]) -> list[Path]:
-    return [folder / name for name in sorted(set(listed.values()) or {WEIGHTS})]
-
-
-def _whole(folder: Path) -> bool:
-    files = [folder / "config.json", *_weights(folder, _listed(folder))]
-    return all(file.is_file() for file in files)
-
-
 def _files(folder: Path, config: Config) -> dict[str, Stored]:
     """The tensors of a checkpoint under their names of today, without prefix."""
-    listed = _listed(folder)
-    files = _weights(folder, listed)
+    listed = folders.listed(folder)
+    files = folders.weights(folder, listed)
     for file in files:
         if not file.is_file():
             if pickles := sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt")):
@@ -450,30 +386,6 @@ def _read(
     else:
         leaf = jax.make_array_from_callback(shape, where, part)
     return leaf.block_until_ready()  # so that the buffer it came from is gone before the next
-
-
-def json_object(file: Path) -> dict[str, Any]:
-    """The contents of a JSON file that holds an object.
-
-    Args:
-        file: the file.
-
-    Returns:
-        The object.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is truncated, no JSON, or no object.
-    """
-    if not file.is_file():
-        raise FileNotFoundError(f"{file.parent} holds no {file.name}")
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is truncated or no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} holds no JSON object")
-    return found
 
 
 def _named(tree: Any) -> list[tuple[str, Any]]:
