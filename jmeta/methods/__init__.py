@@ -1,6 +1,7 @@
 """Published methods, one file each, named as their papers name them."""
 
 from jmeta.methods.anil import anil, learned_body
+from jmeta.methods.baselines import Baseline, leave_one_out, moving_average, no_baseline
 from jmeta.methods.cavia import cavia, learned_context
 from jmeta.methods.collapse import has_collapsed, monitors, panels
 from jmeta.methods.imaml import imaml, proximal_start
@@ -8,6 +9,7 @@ from jmeta.methods.maml import fomaml, learned_start, maml, reptile
 from jmeta.methods.maml_plus_plus import annealed, maml_plus_plus, maml_plus_plus_init
 from jmeta.methods.meta_pseudo_labels import labelled_auxiliary, meta_pseudo_labels
 from jmeta.methods.meta_sgd import learned_rates, meta_sgd, meta_sgd_init
+from jmeta.methods.populations import population, restarting
 from jmeta.methods.rewriting import (
     Rewriting,
     class_labels,
@@ -26,19 +28,11 @@ from jmeta.methods.students import (
     TeacherState,
     direct_grad,
     fine_tuned,
-    population,
-    restarting,
 )
 from jmeta.methods.teacher import pre_training, soft_teacher
 from jmeta.methods.teacher_auxiliary import mlm_auxiliary, two_head_loss
 from jmeta.methods.teacher_checks import check_teacher
-from jmeta.methods.teacher_hard import (
-    Baseline,
-    hard_teacher,
-    leave_one_out,
-    moving_average,
-    no_baseline,
-)
+from jmeta.methods.teacher_hard import hard_teacher
 
 __all__ = [
     "Baseline",

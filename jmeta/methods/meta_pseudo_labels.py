@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from jmeta.core.types import Array, Episode, Key, MetaGradient, PyTree
+from jmeta.methods.baselines import Baseline, moving_average
+from jmeta.methods.coefficients import Coefficient
 from jmeta.methods.maml import TaskLoss
 from jmeta.methods.rewriting import Network, class_labels
 from jmeta.methods.students import Student
 from jmeta.methods.teacher import Auxiliary
-from jmeta.methods.teacher_hard import Baseline, Coefficient, hard_teacher, moving_average
+from jmeta.methods.teacher_hard import hard_teacher
 
 
 def meta_pseudo_labels(

@@ -186,18 +186,20 @@ def joined(
     grads: PyTree, helped: PyTree | None, weight: float, state: TeacherState, info: Info
 ) -> tuple[PyTree, TeacherState, Info]:
     """The weighted sum of meta-gradient and auxiliary gradient, and how they lie to each other."""
-    norm = global_norm(grads)
-    numbers: dict[str, Array] = {**info.diagnostics, "meta_norm": norm}
+    numbers: dict[str, Array] = {**info.diagnostics, "meta_norm": global_norm(grads)}
     total = jax.tree.map(lambda g: weight * g, grads)
     if helped is not None:
-        other = global_norm(helped)
-        products = jax.tree.map(lambda a, b: jnp.sum(a * b), grads, helped)
-        dot = sum(jax.tree.leaves(products), jnp.zeros((), norm.dtype))
-        size = norm * other
-        numbers["auxiliary_norm"] = other
-        numbers["cosine"] = jnp.where(size > 0, dot / jnp.where(size > 0, size, 1), 0)
+        numbers |= {"auxiliary_norm": global_norm(helped), "cosine": cosine(grads, helped)}
         total = jax.tree.map(jnp.add, total, helped)
     return total, state, info._replace(grad_norm=global_norm(total), diagnostics=numbers)
+
+
+def cosine(a: PyTree, b: PyTree) -> Array:
+    """The cosine between two trees of one structure; 0 where one of them is zero."""
+    size = global_norm(a) * global_norm(b)
+    products = jax.tree.map(lambda x, y: jnp.sum(x * y), a, b)
+    dot = sum(jax.tree.leaves(products), jnp.zeros((), size.dtype))
+    return jnp.where(size > 0, dot / jnp.where(size > 0, size, 1), 0)
 
 
 def require_episodes(episodes: Episode) -> None:

@@ -6,120 +6,25 @@ What is drawn is worth its coefficient: how much the student is better for havin
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from jmeta.core.autodiff import GradTransform, mixed_mode_grad, reverse_grad
-from jmeta.core.estimators.unrolled import unrolled
-from jmeta.core.inner import InnerState, inner_loop, unscored
-from jmeta.core.tree import global_norm
-from jmeta.core.types import Array, Episode, Info, Key, MetaGradient, Problem, PyTree, Steps
+from jmeta.core.autodiff import GradTransform, mixed_mode_grad
+from jmeta.core.types import Array, Episode, Info, Key, MetaGradient, PyTree, Steps
+from jmeta.methods.baselines import Baseline, no_baseline
+from jmeta.methods.coefficients import Coefficient, coefficients
 from jmeta.methods.rewriting import Batch, Rewriting, draw, log_probability, of_heads
 from jmeta.methods.students import (
     Student,
     TeacherState,
     born,
-    direct_grad,
-    fine_tuned,
     moved,
     over_microbatches,
     record_from,
-    recorded,
-    recording,
 )
 from jmeta.methods.teacher import Auxiliary, auxiliary_gradient, joined, require_episodes
-
-Coefficient: TypeAlias = Literal[
-    "exact", "first_order", "cosine", "loss_difference", "negative_loss"
-]
-
-
-class Baseline(NamedTuple):
-    """What is subtracted from coefficients: it must not depend on the draw it is subtracted for.
-
-    Attributes:
-        init: ``() -> state``.
-        value: ``(state, coefficients [microbatches, ...]) -> (baseline, state)``, the baseline of
-            a shape that broadcasts with the coefficients.
-    """
-
-    init: Callable[[], PyTree]
-    value: Callable[[PyTree, Array], tuple[Array, PyTree]]
-
-
-def no_baseline() -> Baseline:
-    """Nothing is subtracted.
-
-    Example:
-        >>> float(no_baseline().value((), jnp.ones((2, 3)))[0].sum())
-        0.0
-    """
-    return Baseline(lambda: (), lambda state, h: (jnp.zeros((1,) * h.ndim, h.dtype), state))
-
-
-def moving_average(rate: float = 0.01) -> Baseline:
-    r"""The exponential moving average of the coefficients of earlier outer steps.
-
-    .. math:: b_s = \frac{\sum_{r<s} (1-\gamma)^{s-1-r} \bar h_r}{\sum_{r<s} (1-\gamma)^{s-1-r}}
-
-    Args:
-        rate: :math:`\gamma`, how much a new mean counts.
-
-    Returns:
-        A ``Baseline``; zero at the first step.
-
-    Raises:
-        ValueError: the rate is not in (0, 1].
-
-    Example:
-        >>> average = moving_average(0.5)
-        >>> _, state = average.value(average.init(), jnp.array([3.0]))
-        >>> float(average.value(state, jnp.array([9.0]))[0][0])  # of what came before
-        3.0
-
-    Source: Pham et al., "Meta Pseudo Labels" (2021), the released code, with the bias of the first
-    steps divided out.
-    """
-    if not 0 < rate <= 1:
-        raise ValueError(f"a moving average with the rate {rate} is none; it must be in (0, 1]")
-
-    def value(state: tuple[Array, Array], h: Array) -> tuple[Array, tuple[Array, Array]]:
-        total, weight = state
-        mean = total / jnp.where(weight == 0, 1, weight)
-        new = (
-            (1 - rate) * total + rate * jnp.mean(h).astype(total.dtype),
-            (1 - rate) * weight + rate,
-        )
-        return mean.astype(h.dtype).reshape((1,) * h.ndim), new
-
-    return Baseline(lambda: (jnp.zeros(()), jnp.zeros(())), value)
-
-
-def leave_one_out() -> Baseline:
-    r"""The mean coefficient of the other micro-batches, which unroll from the same student.
-
-    .. math:: b_i = \frac{1}{N - 1} \sum_{j \ne i} \bar h_j
-
-    Returns:
-        A ``Baseline``; it needs at least two micro-batches.
-
-    Example:
-        >>> leave_one_out().value((), jnp.array([[1.0], [2.0], [6.0]]))[0].ravel().tolist()
-        [4.0, 3.5, 1.5]
-
-    Source: Kool et al., "Buy 4 REINFORCE Samples, Get a Baseline for Free!" (2019).
-    """
-
-    def value(state: PyTree, h: Array) -> tuple[Array, PyTree]:
-        if h.shape[0] < 2:
-            raise ValueError("leave_one_out compares micro-batches: it needs at least two of them")
-        means = h.reshape(h.shape[0], -1).mean(1)
-        others = (means.sum() - means) / (h.shape[0] - 1)
-        return others.reshape((-1,) + (1,) * (h.ndim - 1)), state
-
-    return Baseline(lambda: (), value)
 
 
 def hard_teacher(
@@ -259,111 +164,6 @@ def hard_teacher(
     return MetaGradient(init, estimate)
 
 
-def coefficients(
-    student: Student, steps: int, kind: Coefficient, grad: GradTransform
-) -> Callable[[InnerState, Episode, Key], tuple[Array, PyTree, Info]]:
-    """What drawn pseudo-examples are worth to a student.
-
-    Args:
-        student: the student.
-        steps: steps on pseudo-examples.
-        kind: a coefficient of ``hard_teacher``.
-        grad: how the unroll is differentiated for ``"exact"``.
-
-    Returns:
-        ``(student under recording, Episode(pseudo-examples, Episode(support, query)), key) ->
-        (coefficients, recorded gradients [steps, ...], info)``; the coefficients have a trailing
-        axis of examples, of length 1 where they are one for a micro-batch, after one of steps
-        where the pseudo-examples are ``Steps``.
-
-    Raises:
-        ValueError: an unknown kind.
-    """
-    if kind not in ("exact", "first_order", "cosine", "loss_difference", "negative_loss"):
-        raise ValueError(
-            f"coefficient={kind!r}; choose exact, first_order, cosine, loss_difference or "
-            "negative_loss"
-        )
-    direct = kind in ("first_order", "cosine")
-    outer = fine_tuned(student, direct_grad if direct else grad)
-    problem = Problem(_weighted(student), outer, lambda meta: recording(student.optimizer, steps))
-
-    def unweighted(episode: Episode) -> tuple[Array, Episode]:
-        """Weights of one, and the pseudo-batches numbered by step."""
-        pseudo = episode.support
-        if not isinstance(pseudo, Steps):
-            return jnp.ones(_counts(pseudo).shape, _counts(pseudo).dtype), Episode(
-                (pseudo, None), episode.query
-            )
-        each = jax.vmap(_counts)(pseudo.batches)
-        numbered = Steps((pseudo.batches, jnp.arange(each.shape[0])))
-        return jnp.ones(each.shape, each.dtype), Episode(numbered, episode.query)
-
-    if kind in ("exact", "first_order"):
-        mg = unrolled(
-            problem, steps, persistent=True, grad=direct_grad if kind == "first_order" else grad
-        )
-
-        def differentiated(first: InnerState, episode: Episode, key: Key):
-            weights, episode = unweighted(episode)
-            slopes, last, info = mg.estimate(weights, first, episode, key)
-            return -slopes, recorded(last), info
-
-        return differentiated
-
-    run = inner_loop(problem, steps, objective=unscored, grad=reverse_grad)
-
-    def evaluated(first: InnerState, episode: Episode, key: Key):
-        weights, episode = unweighted(episode)
-        _, (last, losses, _) = run(weights, first, episode, key)
-        if kind == "cosine":
-            (loss, aux), slope = jax.value_and_grad(
-                lambda fast: outer(fast, (), episode.query, None), has_aux=True
-            )(last.fast)
-            h = _cosine(slope, jax.tree.map(jnp.subtract, first.fast, last.fast))
-        else:
-            loss, aux = outer(last.fast, (), episode.query, None)
-            h = -loss
-            if kind == "loss_difference":
-                h = h + outer(first.fast, (), episode.query, None)[0]
-        info = Info(loss, losses, aux, jnp.zeros(()))
-        return h.reshape((1,) * weights.ndim), recorded(last), info
-
-    return evaluated
-
-
-def _weighted(student: Student) -> Callable[..., tuple[Array, PyTree]]:
-    """The student's loss with a weight of one for each example, by which it is differentiated.
-
-    The weights do not enter the normaliser: the loss is the sum over examples of their own means,
-    in proportion to how many labels each has.
-    """
-
-    def inner(fast: PyTree, weights: Array, batch: tuple[Batch, Any], key: Key):
-        pseudo, step = batch
-        mine = weights if step is None else weights[step]
-        counts = _counts(pseudo)
-        total = counts.sum()
-        shares = counts / jnp.where(total == 0, 1, total)
-
-        def alone(example: Batch, key: Key) -> Array:
-            return student.loss(fast, jax.tree.map(lambda x: x[None], example), key)[0]
-
-        if key is None:
-            each = jax.vmap(lambda example: alone(example, None))(pseudo)
-        else:
-            each = jax.vmap(alone)(pseudo, jax.random.split(key, counts.shape[0]))
-        return jnp.sum((mine * shares).astype(each.dtype) * each), {}
-
-    return inner
-
-
-def _counts(pseudo: Batch) -> Array:
-    """How many labels each example has."""
-    weights = pseudo["weights"]
-    return weights.sum(tuple(range(1, weights.ndim)))
-
-
 def _each_step(function: Callable[[Batch, Key], Any], support: Any, key: Array) -> tuple[Any, Any]:
     """A pair-valued function of one unlabelled batch, over ``Steps`` too."""
     if not isinstance(support, Steps):
@@ -377,10 +177,3 @@ def _given(key: Key) -> Array:
     if key is None:
         raise ValueError("a hard teacher draws what it writes; pass a jax.random.key")
     return key
-
-
-def _cosine(a: PyTree, b: PyTree) -> Array:
-    size = global_norm(a) * global_norm(b)
-    products = jax.tree.map(lambda x, y: jnp.sum(x * y), a, b)
-    dot = sum(jax.tree.leaves(products), jnp.zeros((), size.dtype))
-    return jnp.where(size > 0, dot / jnp.where(size > 0, size, 1), 0)

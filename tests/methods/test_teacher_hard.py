@@ -24,8 +24,8 @@ from teacher_world import (
 from jmeta import Episode, Steps, methods, optim
 from jmeta.core.autodiff import mixed_mode_grad
 from jmeta.methods import hard_teacher, students
+from jmeta.methods.coefficients import coefficients
 from jmeta.methods.rewriting import log_probability
-from jmeta.methods.teacher_hard import coefficients
 from jmeta.testing import central_differences, relative_error
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -217,7 +217,7 @@ def test_several_steps_draw_for_each_and_move_the_student_as_often():
 
 
 def test_mistakes():
-    with pytest.raises(ValueError, match="choose exact, first_order, cosine"):
+    with pytest.raises(ValueError, match="choose one of exact, first_order, cosine"):
         hard_teacher(student(), BOTH, coefficient="exct")  # pyright: ignore[reportArgumentType]
     mg = hard_teacher(student(), BOTH, baseline=methods.leave_one_out())
     with pytest.raises(ValueError, match=r"pass a jax\.random\.key"):
