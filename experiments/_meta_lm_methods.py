@@ -1,0 +1,226 @@
+"""What pre-trains a student of text: each method's meta-gradient, start, episodes and monitors.
+
+All share the networks, the optimizer and its schedule, and how many texts a student's step sees.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import jmeta
+from experiments import _meta_lm_data as data_of
+from experiments._meta_lm_data import Batch, Data
+from jmeta import methods, optim
+from jmeta.core.types import Array, Key, MetaGradient, PyTree
+from jmeta.methods.maml import learned_start
+from jmeta.methods.rewriting import draw, expected, of_heads
+from jmeta.models import heads, masked_lm
+from jmeta.models.transformer import TransformerConfig
+
+MLM, NONE = "mlm", "no pre-training"
+SOFT = ("soft", "input-only soft", "mask-only")
+HARD = ("hard", "input-only hard")
+METHODS = (MLM, *SOFT, *HARD)
+
+
+class Method(NamedTuple):
+    """One way to pre-train.
+
+    Attributes:
+        mg: its meta-gradient.
+        start: ``key -> meta``: for MLM the student, else the teacher.
+        sample: ``(seed, step) -> episodes`` of an outer step.
+        student: ``(meta, estimator's state) -> the student's parameters``.
+        student_steps: steps that the student takes in an outer step.
+        monitor: ``(meta, unlabelled batch) -> scalars``; of MLM none.
+        write: ``(meta, unlabelled batch, key) -> what the teacher makes of it``; None: MLM.
+    """
+
+    mg: MetaGradient
+    start: Callable[[Array], PyTree]
+    sample: data_of.Sample
+    student: Callable[[PyTree, PyTree], PyTree]
+    student_steps: int
+    monitor: Callable[[PyTree, Batch], dict[str, Array]]
+    write: Callable[[PyTree, Batch, Key], Batch] | None
+
+
+def network(config: Any, words: int) -> TransformerConfig:
+    """The shape of student and teacher."""
+    # Recomputing blocks is undone on a CPU unless they are a scan.
+    saving: dict[str, Any] = {"loop": "scan", "remat": "full"} if config.remat else {}
+    return masked_lm.config(
+        words, config.width, config.layers, config.heads, config.positions,
+        dropout=config.dropout, attention_dropout=config.dropout, **saving,
+    )  # fmt: skip
+
+
+def student_loss(config: Any, shape: TransformerConfig) -> Any:
+    """The student's cross-entropy, ``(params, batch, key)``."""
+    return functools.partial(masked_lm.loss, shape, chunk=config.vocab_chunk or None)
+
+
+def adamw(rate: float, warmup: int) -> optax.GradientTransformation:
+    """The published optimizer, of student, teacher and fine-tuning."""
+    schedule = methods.inverse_sqrt(rate, warmup)
+    return optax.chain(
+        optim.clip_by_global_norm(5.0), optim.adamw(schedule, 0.9, 0.98, 1e-6, weight_decay=0.01)
+    )
+
+
+def plain(loss: Any) -> MetaGradient:
+    """The plain gradient of a loss: a meta-gradient of zero inner steps."""
+    return jmeta.first_order(learned_start(loss, optax.identity()), 0)
+
+
+def build(config: Any, data: Data, name: str) -> Method:
+    """A method by its name.
+
+    Raises:
+        ValueError: the tasks or the corpus are too small for its episodes.
+    """
+    shape = network(config, data.words.size)
+    loss = student_loss(config, shape)
+    if name == MLM:
+        return Method(
+            plain(loss),
+            functools.partial(masked_lm.init, shape),
+            data_of.mlm_sample(config, data),
+            lambda meta, state: meta,
+            1,
+            lambda meta, batch: {},
+            None,
+        )
+    student = methods.Student(
+        loss,
+        functools.partial(masked_lm.init, shape),
+        adamw(config.rate, config.warmup),
+        optax.chain(optim.clip_by_global_norm(5.0), optax.sgd(config.inner_rate)),
+    )
+    shown, start = _rewriting(data, name, shape)
+    masks = name == "mask-only"
+    asked = name in config.mlm_task
+    sample = data_of.teacher_sample(
+        config, data, keep=("ordinary",) if masks else ("masked",),
+        mlm_task=asked, mask_bug=config.mask_bug and asked,
+    )  # fmt: skip
+
+    def monitor(meta: PyTree, batch: Batch) -> dict[str, Array]:
+        return methods.monitors(
+            shown.scores(meta, batch, None), batch, mask_token=data.words.mask,
+            label_tokens=[data.words.sep, *data.words.cls],
+        )  # fmt: skip
+
+    def write(meta: PyTree, batch: Batch, key: Key) -> Batch:
+        relax = draw if masks or name in HARD else expected
+        return shown.write(of_heads(relax, shown.scores(meta, batch, None), key), batch)
+
+    return Method(
+        _meta_gradient(config, data, name, shape, student),
+        start,
+        sample,
+        lambda meta, state: state.student.fast,
+        config.inner_steps,
+        monitor,
+        write,
+    )
+
+
+def _rewriting(
+    data: Data, name: str, shape: TransformerConfig
+) -> tuple[methods.Rewriting, Callable[[Array], PyTree]]:
+    """What the teacher of a method writes, and where its parameters start."""
+    if name == "mask-only":
+        scorer = functools.partial(masked_lm.score, shape)
+        start = functools.partial(masked_lm.init_scorer, shape, share=0.15)
+        return methods.masks_only(scorer, data.words.mask), start
+    teacher = methods.without(functools.partial(masked_lm.write, shape), [data.words.pad])
+    kind = methods.inputs_only if name.startswith("input-only") else methods.inputs_and_labels
+    return kind(teacher), functools.partial(masked_lm.init_teacher, shape)
+
+
+def _meta_gradient(
+    config: Any, data: Data, name: str, shape: TransformerConfig, student: methods.Student
+) -> MetaGradient:
+    options: dict[str, Any] = {"steps": config.inner_steps}
+    if name != "mask-only":
+        options["auxiliary"] = methods.mlm_auxiliary(_supervised(config, shape))
+    if config.vocab_chunk:
+        options["microbatch"] = 1
+    rewriting, _ = _rewriting(data, name, shape)
+    if name in HARD:
+        baseline = methods.leave_one_out() if config.micro_batches > 1 else methods.moving_average()
+        return methods.hard_teacher(
+            student, rewriting, coefficient="exact", baseline=baseline, weighting="mean",
+            meta_weight=config.hard_weight, **options,
+        )  # fmt: skip
+    if config.vocab_chunk and name != "mask-only":
+        # No pass may hold a distribution over the vocabulary for all tokens at once.
+        lazy = functools.partial(masked_lm.write_factors, shape)
+        kind = methods.inputs_only if name.startswith("input-only") else methods.inputs_and_labels
+        rewriting, options["relax"] = kind(lazy), methods.unevaluated
+    return methods.soft_teacher(student, rewriting, meta_weight=config.soft_weight, **options)
+
+
+def _supervised(config: Any, shape: TransformerConfig) -> Any:
+    """The auxiliary losses' cross-entropy of both heads."""
+    if not config.vocab_chunk:
+        return methods.two_head_loss(functools.partial(masked_lm.write, shape))
+
+    def loss(meta: PyTree, batch: Batch, key: Key) -> tuple[Array, PyTree]:
+        read = {"tokens": batch["tokens"], "mask": batch["mask"]}
+        factors = masked_lm.write_factors(shape, meta, read, key)
+        parts = {}
+        for name, weights in (("inputs", batch["mask"]), ("labels", batch["weights"])):
+            states, table, bias = (factors[name][k] for k in ("states", "table", "bias"))
+            targets, picked = table[batch[name]], bias[batch[name]]
+            # A label that does not count may be [PAD], which has no probability.
+            picked = jnp.where(weights != 0, picked, 0)
+            parts[name], _ = heads.token_loss(
+                states, table, targets, weights, (bias, picked), config.vocab_chunk
+            )
+        return parts["inputs"] + parts["labels"], parts
+
+    return loss
+
+
+HeldOut: TypeAlias = Callable[[PyTree, Batch], dict[str, Array]]
+
+
+def make_held_out(shape: TransformerConfig, size: int = 32) -> HeldOut:
+    """Loss and accuracy of a student on corrupted windows, jitted.
+
+    Args:
+        shape: of the student.
+        size: windows at a time; the last ones are left out if they do not fill a part.
+
+    Returns:
+        ``(params, batch [windows, positions]) -> {"loss", "accuracy"}``: the mean over hidden
+        tokens, and the mean over windows of the share of them that is found, in per cent.
+    """
+
+    def part(params: PyTree, batch: Batch) -> tuple[Array, ...]:
+        weights = batch["weights"]
+        loss, total = masked_lm.loss(shape, params, batch)
+        best = masked_lm.logits(shape, params, batch).argmax(-1).astype(batch["labels"].dtype)
+        right = (weights * (best == batch["labels"]).astype(weights.dtype)).sum(-1)
+        count = weights.sum(-1)
+        share = jnp.where(count > 0, right / jnp.maximum(count, 1), 1)
+        return loss * total["tokens"], total["tokens"], share.mean()
+
+    @jax.jit
+    def score(params: PyTree, batch: Batch) -> dict[str, Array]:
+        rows = len(batch["weights"])
+        each = min(size, rows)
+        kept = rows - rows % each
+        parts = jax.tree.map(lambda x: x[:kept].reshape(-1, each, *x.shape[1:]), batch)
+        losses, counts, shares = jax.lax.map(lambda one: part(params, one), parts)
+        return {"loss": losses.sum() / counts.sum(), "accuracy": 100 * shares.mean()}
+
+    return score
