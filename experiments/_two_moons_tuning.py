@@ -122,7 +122,7 @@ def fine_tune(
     margins = np.asarray(program(stacked, batches), np.float64)
     margins = margins.reshape(*margins.shape[:3], GRID, GRID)
     right, loss = judged(margins, held_out)
-    # NaN, of a rate that diverges, is never chosen.
+    # Of equal accuracies NaN loses.
     loss = np.where(np.isnan(loss), np.inf, loss).mean(-1)
     best = min(np.ndindex(loss.shape), key=lambda at: (-right[at].mean(), loss[at]))
     test, _ = judged(margins[best], [data.test] * len(held_out))
@@ -145,5 +145,6 @@ def judged(margins: np.ndarray, points: Sequence[Labelled]) -> tuple[np.ndarray,
     for at, (cells, labels) in enumerate(points):
         found = margins[..., at, cells[:, 0], cells[:, 1]]
         right.append(((found > 0) == (labels == 1)).mean(-1))
-        losses.append(np.logaddexp(0, np.where(labels == 1, -found, found)).mean(-1))
+        with np.errstate(invalid="ignore"):  # NaN, of a rate that diverges, stays NaN
+            losses.append(np.logaddexp(0, np.where(labels == 1, -found, found)).mean(-1))
     return np.stack(right, -1), np.stack(losses, -1)

@@ -164,7 +164,7 @@ def _named(field: str, names: tuple[str, ...], known: tuple[str, ...]) -> tuple[
 
 PRESETS = {
     "quick": Config(
-        seeds=2, samples=12_800, evaluations=4, warmup=100, label_counts=(10, 160),
+        seeds=2, samples=6400, evaluations=4, warmup=100, label_counts=(10, 160),
         methods=(MLM, "input-only soft"), finetune_steps=300, finetune_rates=(0.01, 0.04),
         validation_sequences=200,
     ),

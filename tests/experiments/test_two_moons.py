@@ -1,0 +1,283 @@
+"""The Two Moons experiment: its data by hand, its choices, and whole runs of the smoke preset."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import _two_moons_data as data_of
+from experiments import _two_moons_methods as methods_of
+from experiments import _two_moons_report as page
+from experiments import _two_moons_training as training
+from experiments import _two_moons_tuning as tuning
+from experiments import two_moons
+from jmeta.core.types import Steps
+from jmeta.runtime.report import read_results
+from jmeta.tasks.text import batch, encode
+from jmeta.tasks.two_moons import WHICH_MOON, moon_examples
+
+SMOKE = ["--preset", "smoke"]
+
+
+@pytest.fixture(scope="module")
+def data():
+    return data_of.load(20, 1000)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "two_moons"
+    two_moons.main([*SMOKE, "--methods", "mlm", "--out", str(out)])
+    return out
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"methods": ("mlm,soap",)}, r"methods soap: choose of mlm, input-only soft"),
+        ({"methods": ()}, "no methods"),
+        ({"label_counts": (10, 1)}, "1 labelled points cannot hold one of each moon"),
+        ({"teacher_labels": 0}, "0 labelled points cannot"),
+        ({"label_counts": (10, 10)}, "different numbers"),
+        ({"samples": 1000}, r"samples=1000 is no multiple of the 800"),
+        ({"evaluations": 0}, "evaluations=0: between 1 and the 800 dispatches"),
+        ({"mlm_task": ("mlm",)}, "mlm_task mlm: choose of"),
+        ({"mask_bug": True, "methods": ("mlm", "hard")}, "none of these methods has"),
+        ({"micro_batches": 1, "batch": 16}, "leave_one_out compares micro-batches"),
+        ({"validation_sequences": 120}, "multiple of 50"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(fields, said):
+    with pytest.raises(ValueError, match=said):
+        two_moons.Config(**fields)
+
+
+def test_methods_come_with_commas_or_spaces_in_one_order():
+    assert two_moons.Config(methods=("soft,mlm",)).methods == ("mlm", "soft")
+    assert two_moons.Config(methods=("soft", "input-only hard")).methods == (
+        "soft", "input-only hard",
+    )  # fmt: skip
+    paper = two_moons.PRESETS["paper"]
+    assert (paper.seeds, paper.outer_steps, paper.methods) == (5, 40_000, methods_of.METHODS)
+
+
+def test_the_networks_have_the_published_size(data):
+    shape = methods_of.network(two_moons.PRESETS["paper"], data)
+    start = methods_of.masked_lm
+    sizes = [
+        sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(
+            lambda key, init=init: init(shape._replace(vocab=512), key), jax.random.key(0))))
+        for init in (start.init, start.init_teacher)
+    ]  # fmt: skip
+    assert [round(size, -2) for size in sizes] == [6700, 15500]
+
+
+@pytest.mark.parametrize(
+    ("n", "accuracy"), [(10, 0.999), (20, 0.997), (40, 0.998), (80, 1.0), (160, 0.997)]
+)
+def test_predictors_without_a_network_are_better_than_what_was_published(data, n, accuracy):
+    said = data_of.nearest_neighbour(data_of.labelled(n, 3, fresh=False), data.test.cells)
+    assert round((said == data.test.labels).mean(), 3) == accuracy
+    assert data_of.majority(data.test) == 0.511
+    own = [data_of.labelled(n, seed, fresh=True).cells for seed in (0, 1)]
+    assert not np.array_equal(*own)
+
+
+def test_points_and_sequences_in_the_unified_format(data):
+    cells, labels = data_of.labelled(40, 0, fresh=False)
+    encoded = encode(WHICH_MOON, moon_examples(cells, labels), data.words, positions=34)
+    expected = batch(encoded, np.arange(40))
+    found = data_of.moon_batch(data, cells, labels, 34)
+    for name in ("tokens", "mask", "labels", "weights"):
+        np.testing.assert_array_equal(found[name], expected[name])
+    assert data.train.shape == (32_000, 34)
+    assert (data.train[:, 0] == data.words.cls[1]).all()
+    numbers = data.words.tokenizer.decode(data.train[5, 1:-1].tolist()).split()
+    assert len(numbers) == 32
+    assert {int(number) for number in numbers} <= set(range(64))
+
+
+def _chunk(data, **changed):
+    options = {"inner_steps": 1, "keep": ("masked",), "mlm_task": False, "mask_bug": False}
+    points = data_of.labelled(10, 0, fresh=False)
+    return data_of.teacher_chunk(data, points, 0, 7, (20, 3, 4), **(options | changed)), points
+
+
+def test_support_and_query_share_no_point_and_come_from_the_labelled_ones(data):
+    episode, points = _chunk(data)
+    known = {
+        (*row["tokens"], *row["labels"])
+        for i in range(10)
+        for row in [data_of.moon_batch(data, points.cells[i], points.labels[i])]
+    }
+    parts = [
+        [{(*t, *y) for t, y in zip(tokens, labels, strict=True)}
+         for tokens, labels in zip(part["tokens"].reshape(60, 4, 4),
+                                   part["labels"].reshape(60, 4, 4), strict=True)]
+        for part in episode.query
+    ]  # fmt: skip
+    assert all(support <= known and query <= known for support, query in zip(*parts, strict=True))
+    assert not any(support & query for support, query in zip(*parts, strict=True))
+    assert set.union(*parts[1]) == known
+    again, _ = _chunk(data)
+    np.testing.assert_array_equal(again.query.query["tokens"], episode.query.query["tokens"])
+
+
+def test_mlm_is_a_task_half_of_the_time_and_the_mask_bug_counts_what_has_no_label(data):
+    right, _ = _chunk(data, mlm_task=True)
+    wrong, _ = _chunk(data, mlm_task=True, mask_bug=True)
+    for part, bad in zip(right.query, wrong.query, strict=True):
+        is_mlm = part["tokens"][..., 0] == data.words.cls[1]
+        assert 0.3 < is_mlm.mean() < 0.7
+        assert (is_mlm.all((2, 3)) | ~is_mlm.any((2, 3))).all()  # one task a micro-batch
+        np.testing.assert_array_equal(part["weights"] != 0, part["labels"] != data.words.pad)
+        np.testing.assert_array_equal(bad["weights"], part["mask"])
+        np.testing.assert_array_equal(bad["labels"], part["labels"])
+        unlabelled = bad["labels"][is_mlm][bad["weights"][is_mlm] != 0] == data.words.pad
+        assert 0.75 < unlabelled.mean() < 0.95
+    assert right.query.support["tokens"].shape == (20, 3, 1, 4, 34)
+
+
+def test_an_epoch_holds_every_sequence_once_and_inner_steps_have_batches_of_their_own(data):
+    small = data._replace(train=data.train[:60])
+    first = data_of.corrupted(small, 0, 0, (5, 3, 4))
+    text = np.where(first["weights"] != 0, first["labels"], first["tokens"]).reshape(60, 34)
+    np.testing.assert_array_equal(np.unique(text, axis=0), np.unique(small.train, axis=0))
+    several, _ = _chunk(data, inner_steps=2)
+    assert isinstance(several.support, Steps)
+    assert several.support.batches["tokens"].shape == (20, 3, 2, 4, 34)
+
+
+def test_accuracy_and_loss_of_margins_by_hand():
+    margins = np.zeros((2, 1, 64, 64))
+    margins[0, 0, 3, 4], margins[0, 0, 5, 6], margins[1, 0, 3, 4] = 2.0, 1.0, -1.0
+    points = data_of.Labelled(np.array([[3, 4], [5, 6]]), np.array([1, 0]))
+    right, loss = tuning.judged(margins, [points])
+    np.testing.assert_array_equal(right, [[0.5], [0.5]])
+    expected = [np.log1p(np.exp(-2)) + np.log1p(np.e), np.log1p(np.e) + np.log(2)]
+    np.testing.assert_allclose(loss[:, 0], np.array(expected) / 2)
+
+
+def test_checkpoint_and_rate_are_chosen_on_validation_points_alone(data):
+    config = dataclasses.replace(two_moons.PRESETS["smoke"], seeds=1)
+    at = data_of.labelled(10, 0, fresh=False, validation=True)
+    side = np.where(at.labels == 1, 1.0, -1.0)
+    margins = np.zeros((2, 2, 1, 64, 64))
+    for place, scale in (((0, 0), 1.0), ((0, 1), np.nan), ((1, 0), 3.0), ((1, 1), 2.0)):
+        margins[(*place, 0, at.cells[:, 0], at.cells[:, 1])] = scale * side
+    flat = margins.reshape(2, 2, 1, 4096)
+    found = tuning.fine_tune(config, data, lambda students, batches: flat, [{}, {}], 10)
+    assert (found.checkpoint, found.rate) == ("best", 0.01)  # all right, the least loss
+    assert found.validation.tolist() == [1.0]
+    expected = (margins[1, 0, 0][tuple(data.test.cells.T)] > 0) == (data.test.labels == 1)
+    assert found.test.tolist() == [expected.mean()]
+
+
+def test_a_run_leaves_everything_the_contract_names(run):
+    for name in ("config.yaml", "run.json", "metrics.jsonl", "report.html", "accuracy.png",
+                 "mlm.svg", "maps.png", "differences.png", "methods/mlm.json"):  # fmt: skip
+        assert (run / name).stat().st_size > 0, name
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    assert [(row["method"], row["samples"]) for row in rows] == [("mlm", 16), ("mlm", 32)]
+    results = read_results(run)
+    found = {(row["method"], row["seed"], row["labels"]) for row in results["rows"]
+             if row["metric"] == "accuracy"}  # fmt: skip
+    methods = ("mlm", methods_of.NONE, page.NEIGHBOUR, page.MAJORITY)
+    assert found == {(m, seed, n) for m in methods for seed in (0, 1) for n in (2, 10)}
+    pairs = {row["method"]: row["baseline"] for row in results["summary"] if "labels" in row}
+    assert set(pairs.values()) == {"mlm"}
+
+
+def test_methods_join_the_table_and_what_is_there_is_only_read(run, tmp_path):
+    out = tmp_path / "two_moons"
+    shutil.copytree(run, out)
+    joined = json.loads((out / "methods" / "mlm.json").read_text()) | {"method": "hard"}
+    joined["rows"] = [row | {"method": "hard"} for row in joined["rows"]]
+    (out / "methods" / "hard.json").write_text(json.dumps(joined))
+    before = (out / "methods" / "mlm.json").read_bytes()
+    two_moons.main([*SMOKE, "--methods", "hard", "mlm", "--out", str(out)])
+    assert (out / "methods" / "mlm.json").read_bytes() == before
+    summary = read_results(out)["summary"]
+    [row] = [
+        row
+        for row in summary
+        if (row["method"], row["metric"], row.get("labels")) == ("hard", "accuracy", 10)
+    ]
+    assert row["paired_difference"] == 0
+    with pytest.raises(SystemExit, match="made with other settings"):
+        two_moons.main([*SMOKE, "--rate", "0.5", "--out", str(out)])
+
+
+@pytest.mark.slow
+def test_an_interrupted_method_goes_on_and_ends_with_the_same_numbers(run, tmp_path, monkeypatch):
+    out, save = tmp_path / "two_moons", training.checkpoint.save
+
+    def killed(manager, *args, **kwargs):
+        save(manager, *args, **kwargs)
+        training.checkpoint.wait(manager)
+        raise KeyboardInterrupt
+
+    arguments = [*SMOKE, "--methods", "mlm", "--out", str(out)]
+    monkeypatch.setattr(training.checkpoint, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        two_moons.main(arguments)
+    monkeypatch.undo()
+    with pytest.raises(SystemExit, match="add --resume"):
+        two_moons.main(arguments)
+    two_moons.main([*arguments, "--resume"])
+    assert read_results(out) == read_results(run)
+
+
+@pytest.mark.slow
+def test_every_method_runs_and_seeds_are_what_each_is_alone(tmp_path):
+    both, alone = tmp_path / "both", tmp_path / "alone"
+    two_moons.main([*SMOKE, "--methods", *methods_of.METHODS, "--out", str(both)])
+    summary = read_results(both)["summary"]
+    accuracy = [row for row in summary if row["metric"] == "accuracy" and row["labels"] == 10]
+    assert {row["method"] for row in accuracy} == {
+        *methods_of.METHODS, methods_of.NONE, page.NEIGHBOUR, page.MAJORITY,
+    }  # fmt: skip
+    teachers = [name for name in methods_of.METHODS if name != "mlm"]
+    for name in teachers:
+        file = both / "methods" / f"{name.replace(' ', '-')}.json"
+        [*_, last] = json.loads(file.read_text())["history"]
+        shown = "mask_rate" if name == "mask-only" else "inputs_entropy"
+        assert np.isfinite([last[f"{shown}_seed{seed}"] for seed in (0, 1)]).all()
+    two_moons.main([*SMOKE, "--seeds", "1", "--first-seed", "1", "--methods", "mlm",
+                    "input-only soft", "--out", str(alone)])  # fmt: skip
+    for name in ("mlm", "input-only-soft"):
+        rows = [json.loads((out / "methods" / f"{name}.json").read_text())["history"][-1]
+                for out in (both, alone)]  # fmt: skip
+        for key in ("loss_seed1", "mlm_loss_seed1"):
+            assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("input-only soft", {"mask_bug": True}),
+        ("input-only soft", {"soft_gradient": "first_order"}),
+        ("input-only soft", {"inner_steps": 2, "chunk": 1}),
+        ("input-only soft", {"restart_every": 1}),
+        ("input-only soft", {"population": 2}),
+        ("mask-only", {"mlm_task": ("mask-only",)}),
+        ("input-only hard", {"coefficient": "cosine"}),
+        ("input-only hard", {"weighting": "mean"}),
+        ("input-only hard", {"baseline": "none"}),
+    ],
+)
+def test_every_option_of_a_teacher_changes_what_it_learns(data, tmp_path, name, changed):
+    smoke = dataclasses.replace(two_moons.PRESETS["smoke"], methods=(name,), samples=64)
+
+    def meta(config, folder):
+        method = methods_of.build(config, data, name)
+        return training.pretrain(config, data, name, method, tmp_path / folder).meta
+
+    default = meta(smoke, "default")
+    other = meta(dataclasses.replace(smoke, **changed), "other")
+    pairs = zip(jax.tree.leaves(default), jax.tree.leaves(other), strict=True)
+    assert max(float(abs(a - b).max()) for a, b in pairs) > 1e-6
