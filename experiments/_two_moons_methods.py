@@ -43,7 +43,7 @@ class Method(NamedTuple):
     """
 
     mg: MetaGradient
-    start: Callable[[Key], PyTree]
+    start: Callable[[Array], PyTree]
     chunk: Callable[[int, int], Episode]
     student: Callable[[PyTree, PyTree], PyTree]
     monitor: Callable[[PyTree, Batch], dict[str, Array]]
@@ -152,7 +152,7 @@ def _teacher(config: Any, data: Data, name: str, shape: TransformerConfig, loss:
 
 def _rewriting(
     config: Any, data: Data, name: str, shape: TransformerConfig
-) -> tuple[methods.Rewriting, Callable[[Key], PyTree]]:
+) -> tuple[methods.Rewriting, Callable[[Array], PyTree]]:
     """What the teacher of a method writes, and where its parameters start."""
     if name == "mask-only":
         scorer = functools.partial(masked_lm.score, shape)

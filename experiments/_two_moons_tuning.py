@@ -122,9 +122,10 @@ def fine_tune(
     margins = np.asarray(program(stacked, batches), np.float64)
     margins = margins.reshape(*margins.shape[:3], GRID, GRID)
     right, loss = judged(margins, held_out)
-    # Of equal accuracies NaN loses.
-    loss = np.where(np.isnan(loss), np.inf, loss).mean(-1)
-    best = min(np.ndindex(loss.shape), key=lambda at: (-right[at].mean(), loss[at]))
+    loss = loss.mean(-1)
+    # NaN, of a rate that diverges, comes last.
+    order = {at: (np.isnan(loss[at]), -right[at].mean(), loss[at]) for at in np.ndindex(loss.shape)}
+    best = min(order, key=lambda at: order[at])
     test, _ = judged(margins[best], [data.test] * len(held_out))
     return Tuned(
         margins[best], test, right[best], CHECKPOINTS[best[0]], config.finetune_rates[best[1]]

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -82,8 +83,8 @@ def test_predictors_without_a_network_are_better_than_what_was_published(data, n
     said = data_of.nearest_neighbour(data_of.labelled(n, 3, fresh=False), data.test.cells)
     assert round((said == data.test.labels).mean(), 3) == accuracy
     assert data_of.majority(data.test) == 0.511
-    own = [data_of.labelled(n, seed, fresh=True).cells for seed in (0, 1)]
-    assert not np.array_equal(*own)
+    first, second = (data_of.labelled(n, seed, fresh=True).cells for seed in (0, 1))
+    assert not np.array_equal(first, second)
 
 
 def test_points_and_sequences_in_the_unified_format(data):
@@ -168,7 +169,7 @@ def test_checkpoint_and_rate_are_chosen_on_validation_points_alone(data):
     margins = np.zeros((2, 2, 1, 64, 64))
     for place, scale in (((0, 0), 1.0), ((0, 1), np.nan), ((1, 0), 3.0), ((1, 1), 2.0)):
         margins[(*place, 0, at.cells[:, 0], at.cells[:, 1])] = scale * side
-    flat = margins.reshape(2, 2, 1, 4096)
+    flat = jnp.asarray(margins.reshape(2, 2, 1, 4096))
     found = tuning.fine_tune(config, data, lambda students, batches: flat, [{}, {}], 10)
     assert (found.checkpoint, found.rate) == ("best", 0.01)  # all right, the least loss
     assert found.validation.tolist() == [1.0]
