@@ -44,7 +44,9 @@ def every_array(jaxpr):
                     yield from every_array(body)
 
 
-@pytest.mark.parametrize(("chunk", "held"), [(20, False), (None, True)])
+@pytest.mark.parametrize(
+    ("chunk", "held"), [(20, False), pytest.param(None, True, marks=pytest.mark.slow)]
+)
 def test_no_pass_holds_the_scores_of_all_tokens(chunk, held):
     shape = masked_lm.config(101, 8, 1, 2, max_len=6, loop="scan", remat="full")
     step, arguments = step_and_shapes(shape, texts=2, chunk=chunk)
