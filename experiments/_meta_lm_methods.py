@@ -157,7 +157,7 @@ def _meta_gradient(
     if name in HARD:
         baseline = methods.leave_one_out() if config.micro_batches > 1 else methods.moving_average()
         return methods.hard_teacher(
-            student, rewriting, coefficient="exact", baseline=baseline, weighting="mean",
+            student, rewriting, coefficient="exact", baseline=baseline,
             meta_weight=config.hard_weight, **options,
         )  # fmt: skip
     if config.vocab_chunk and name != "mask-only":

@@ -98,8 +98,8 @@ class Config(configuration.RunConfig):
     """Count the missing labels of MLM as a task as [PAD], as the published runs did."""
     soft_weight: float = 10.0
     """Weight of the meta-gradient of soft teachers beside their own MLM losses."""
-    hard_weight: float = 1.0
-    """Weight of the meta-gradient of hard teachers, of mean log-probabilities."""
+    hard_weight: float = 10.0
+    """Weight of the meta-gradient of hard teachers, which estimates that of soft ones by draws."""
     finetune_epochs: int = 20
     """Epochs of fine-tuning on a task."""
     finetune_steps: int = 300
