@@ -31,6 +31,7 @@ def accuracies(out):
     return {row["method"]: row for row in rows if row["metric"] == "accuracy"}
 
 
+@pytest.mark.slow
 def test_smoke_scores_every_method_with_paired_differences(smoke):
     results = report.read_results(smoke)
     scored = accuracies(smoke)
@@ -54,6 +55,7 @@ def test_smoke_scores_every_method_with_paired_differences(smoke):
         assert (smoke / name).stat().st_size > 0, name
 
 
+@pytest.mark.slow
 def test_transfer_takes_exactly_mamls_gradient_evaluations(smoke):
     counts = {
         row["method"]: row["value"]

@@ -67,6 +67,7 @@ def run(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_a_run_leaves_everything_the_contract_names(run):
     for name in ("config.yaml", "run.json", "metrics.jsonl", "report.html", "adaptation.png",
                  "learning.svg", "differences.png"):  # fmt: skip
@@ -76,6 +77,7 @@ def test_a_run_leaves_everything_the_contract_names(run):
     assert {line["method"] for line in lines} == {"maml, seed 0", "fomaml, seed 0"}
 
 
+@pytest.mark.slow
 def test_results_pair_every_method_with_exact_maml_on_the_same_episodes(run):
     results = read_results(run)
     rows = {row["method"]: row for row in results["rows"] if row["metric"] == "accuracy"}
@@ -95,6 +97,7 @@ def test_results_pair_every_method_with_exact_maml_on_the_same_episodes(run):
     assert all(0 < row["value"] < 10 for row in spent)
 
 
+@pytest.mark.slow
 def test_the_pixel_baseline_against_numpy(run):
     config = omniglot.PRESETS["smoke"]
     test = omniglot.sample(config, omniglot.omniglot()["test"], 6, omniglot.TEST)
