@@ -78,8 +78,36 @@ def cached_bpe(path: Path, texts: Callable[[], Iterable[str]], vocab: int) -> To
     return cached_text(path, Tokenizer.from_str, lambda: train_bpe(texts(), vocab).to_str())
 
 
+def plain(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy that does nothing but tokenise: no cutting, no padding, no token by its name.
+
+    A saved tokeniser may well cut at 128 tokens; and a text that spells out ``<|pad|>`` holds those
+    seven characters, not the end of the row.
+
+    Args:
+        tokenizer: any tokeniser of the ``tokenizers`` library; it is left as it is.
+
+    Returns:
+        The copy.
+
+    Example:
+        >>> words = train_bpe(["ab ab ab"], 261)
+        >>> words.encode("<|mask|>").ids, len(plain(words).encode("<|mask|>").ids)
+        ([1], 8)
+    """
+    from tokenizers import Tokenizer
+
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    copy.encode_special_tokens = True
+    return copy
+
+
 def encode(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> np.ndarray:
     """Encode texts into rows of fixed length, cut or padded with 0 at the end.
+
+    The name of a special token in a text is text like any other: no text holds a 0.
 
     Args:
         tokenizer: a tokeniser made here.
@@ -94,7 +122,8 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> np.ndarra
         (1, 4)
     """
     tokens = np.zeros((len(texts), length), np.int32)
-    for row, encoding in zip(tokens, tokenizer.encode_batch_fast(list(texts)), strict=True):
+    encodings = plain(tokenizer).encode_batch_fast(list(texts))
+    for row, encoding in zip(tokens, encodings, strict=True):
         ids = encoding.ids[:length]
         row[: len(ids)] = ids
     return tokens

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from jmeta.data.sources import DataUnavailable, local_path
-from jmeta.tasks.bpe import train_bpe
+from jmeta.tasks.bpe import plain, train_bpe
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -345,20 +345,13 @@ def _places(texts: Sequence[str]) -> dict[str, int]:
 
 
 def _plain(tokenizer: Any) -> Tokenizer:
-    """A copy that does nothing but tokenise; a saved tokeniser may well cut at 128 tokens."""
-    from tokenizers import Tokenizer
-
     inner = getattr(tokenizer, "backend_tokenizer", tokenizer)  # transformers' fast tokenisers
     if not hasattr(inner, "to_str"):
         raise TypeError(
             f"{type(tokenizer).__name__} is no tokeniser of the tokenizers library nor a fast "
             "one of transformers: read one with load_tokenizer(path)"
         )
-    copy = Tokenizer.from_str(inner.to_str())
-    copy.no_truncation()
-    copy.no_padding()
-    copy.encode_special_tokens = True
-    return copy
+    return plain(inner)
 
 
 def _first(tokenizer: Tokenizer, names: Iterable[str]) -> int | None:

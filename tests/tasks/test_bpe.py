@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jmeta.tasks.bpe import SPECIAL_TOKENS, cached_bpe, encode, train_bpe
@@ -10,6 +10,7 @@ TOKENIZER = train_bpe(TEXTS, 300)
 
 
 @given(st.text(max_size=40))
+@example("a <|pad|> b<|cls|>")  # what looks like a special token is text all the same
 @settings(max_examples=100, deadline=None)
 def test_any_text_comes_back_exactly(text):
     rows = encode(TOKENIZER, [text], 400)
