@@ -80,19 +80,6 @@ class Data(NamedTuple):
     tasks: dict[str, Downstream]
 
 
-def named(setting: str, asked: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
-    """Names as a list or with commas between them, in the order of those that there are.
-
-    Raises:
-        ValueError: one is unknown.
-    """
-    each = [part.strip() for name in asked for part in name.split(",") if part.strip()]
-    unknown = [name for name in each if name not in known]
-    if unknown:
-        raise ValueError(f"{setting} {', '.join(unknown)}: choose of {', '.join(known)}")
-    return tuple(name for name in known if name in each)
-
-
 def load(config: Any) -> Data:
     """Read, tokenise and encode everything; what is missing or wrong is said here.
 

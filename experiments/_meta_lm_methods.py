@@ -15,17 +15,16 @@ import optax
 
 import jmeta
 from experiments import _meta_lm_data as data_of
+from experiments import _teacher_shared as shared
 from experiments._meta_lm_data import Batch, Data
-from jmeta import methods, optim
+from experiments._teacher_shared import HARD, SOFT
+from jmeta import methods
 from jmeta.core.types import Array, Key, MetaGradient, PyTree
 from jmeta.methods.maml import learned_start
-from jmeta.methods.rewriting import draw, expected, of_heads
 from jmeta.models import heads, masked_lm
 from jmeta.models.transformer import TransformerConfig
 
 MLM, NONE = "mlm", "no pre-training"
-SOFT = ("soft", "input-only soft", "mask-only")
-HARD = ("hard", "input-only hard")
 METHODS = (MLM, *SOFT, *HARD)
 
 
@@ -66,14 +65,6 @@ def student_loss(config: Any, shape: TransformerConfig) -> Any:
     return functools.partial(masked_lm.loss, shape, chunk=config.vocab_chunk or None)
 
 
-def adamw(rate: float, warmup: int) -> optax.GradientTransformation:
-    """The published optimizer, of student, teacher and fine-tuning."""
-    schedule = methods.inverse_sqrt(rate, warmup)
-    return optax.chain(
-        optim.clip_by_global_norm(5.0), optim.adamw(schedule, 0.9, 0.98, 1e-6, weight_decay=0.01)
-    )
-
-
 def plain(loss: Any) -> MetaGradient:
     """The plain gradient of a loss: a meta-gradient of zero inner steps."""
     return jmeta.first_order(learned_start(loss, optax.identity()), 0)
@@ -97,13 +88,7 @@ def build(config: Any, data: Data, name: str) -> Method:
             lambda meta, batch: {},
             None,
         )
-    student = methods.Student(
-        loss,
-        functools.partial(masked_lm.init, shape),
-        adamw(config.rate, config.warmup),
-        optax.chain(optim.clip_by_global_norm(5.0), optax.sgd(config.inner_rate)),
-    )
-    shown, start = _rewriting(data, name, shape)
+    rewriting, start = shared.rewriting(name, data.words, shape)
     masks = name == "mask-only"
     asked = name in config.mlm_task
     sample = data_of.teacher_sample(
@@ -111,49 +96,29 @@ def build(config: Any, data: Data, name: str) -> Method:
         mlm_task=asked, mask_bug=config.mask_bug and asked,
     )  # fmt: skip
 
-    def monitor(meta: PyTree, batch: Batch) -> dict[str, Array]:
-        return methods.monitors(
-            shown.scores(meta, batch, None), batch, mask_token=data.words.mask,
-            label_tokens=[data.words.sep, *data.words.cls],
-        )  # fmt: skip
-
-    def write(meta: PyTree, batch: Batch, key: Key) -> Batch:
-        relax = draw if masks or name in HARD else expected
-        return shown.write(of_heads(relax, shown.scores(meta, batch, None), key), batch)
-
     return Method(
-        _meta_gradient(config, data, name, shape, student),
+        _meta_gradient(config, name, shape, shared.student(config, shape, loss), rewriting),
         start,
         sample,
         lambda meta, state: state.student.fast,
         config.inner_steps,
-        monitor,
-        write,
+        shared.monitor(rewriting, data.words),
+        shared.panel(name, rewriting),
     )
 
 
-def _rewriting(
-    data: Data, name: str, shape: TransformerConfig
-) -> tuple[methods.Rewriting, Callable[[Array], PyTree]]:
-    """What the teacher of a method writes, and where its parameters start."""
-    if name == "mask-only":
-        scorer = functools.partial(masked_lm.score, shape)
-        start = functools.partial(masked_lm.init_scorer, shape, share=0.15)
-        return methods.masks_only(scorer, data.words.mask), start
-    teacher = methods.without(functools.partial(masked_lm.write, shape), [data.words.pad])
-    kind = methods.inputs_only if name.startswith("input-only") else methods.inputs_and_labels
-    return kind(teacher), functools.partial(masked_lm.init_teacher, shape)
-
-
 def _meta_gradient(
-    config: Any, data: Data, name: str, shape: TransformerConfig, student: methods.Student
+    config: Any,
+    name: str,
+    shape: TransformerConfig,
+    student: methods.Student,
+    rewriting: methods.Rewriting,
 ) -> MetaGradient:
     options: dict[str, Any] = {"steps": config.inner_steps}
     if name != "mask-only":
         options["auxiliary"] = methods.mlm_auxiliary(_supervised(config, shape))
     if config.vocab_chunk:
         options["microbatch"] = 1
-    rewriting, _ = _rewriting(data, name, shape)
     if name in HARD:
         baseline = methods.leave_one_out() if config.micro_batches > 1 else methods.moving_average()
         return methods.hard_teacher(
@@ -163,8 +128,7 @@ def _meta_gradient(
     if config.vocab_chunk and name != "mask-only":
         # No pass may hold a distribution over the vocabulary for all tokens at once.
         lazy = functools.partial(masked_lm.write_factors, shape)
-        kind = methods.inputs_only if name.startswith("input-only") else methods.inputs_and_labels
-        rewriting, options["relax"] = kind(lazy), methods.unevaluated
+        rewriting, options["relax"] = shared.kind_of(name)(lazy), methods.unevaluated
     return methods.soft_teacher(student, rewriting, meta_weight=config.soft_weight, **options)
 
 
@@ -204,23 +168,11 @@ def make_held_out(shape: TransformerConfig, size: int = 32) -> HeldOut:
         ``(params, batch [windows, positions]) -> {"loss", "accuracy"}``: the mean over hidden
         tokens, and the mean over windows of the share of them that is found, in per cent.
     """
-
-    def part(params: PyTree, batch: Batch) -> tuple[Array, ...]:
-        weights = batch["weights"]
-        loss, total = masked_lm.loss(shape, params, batch)
-        best = masked_lm.logits(shape, params, batch).argmax(-1).astype(batch["labels"].dtype)
-        right = (weights * (best == batch["labels"]).astype(weights.dtype)).sum(-1)
-        count = weights.sum(-1)
-        share = jnp.where(count > 0, right / jnp.maximum(count, 1), 1)
-        return loss * total["tokens"], total["tokens"], share.mean()
+    score = shared.mlm_scores(shape, size)
 
     @jax.jit
-    def score(params: PyTree, batch: Batch) -> dict[str, Array]:
-        rows = len(batch["weights"])
-        each = min(size, rows)
-        kept = rows - rows % each
-        parts = jax.tree.map(lambda x: x[:kept].reshape(-1, each, *x.shape[1:]), batch)
-        losses, counts, shares = jax.lax.map(lambda one: part(params, one), parts)
-        return {"loss": losses.sum() / counts.sum(), "accuracy": 100 * shares.mean()}
+    def per_cent(params: PyTree, batch: Batch) -> dict[str, Array]:
+        found = score(params, batch)
+        return found | {"accuracy": 100 * found["accuracy"]}
 
-    return score
+    return per_cent

@@ -21,13 +21,13 @@ from experiments import _meta_lm_methods as methods_of
 from experiments._meta_lm_data import Data, Downstream
 from experiments._meta_lm_methods import HeldOut, Method
 from experiments._shared import train_method
+from experiments._teacher_shared import adamw
 from jmeta import methods
 from jmeta.core.types import Array, Info, PyTree
 from jmeta.data.loader import episode_loader
-from jmeta.files import write_atomically
 from jmeta.methods import check_teacher
 from jmeta.models import masked_lm
-from jmeta.runtime import checkpoint
+from jmeta.runtime import checkpoint, distributed
 from jmeta.runtime.train import TrainState, as_stages, init_state
 from jmeta.tasks.feeding import over_windows, text_batches
 from jmeta.tasks.text import best_tokens, class_scores, decode_classes, decode_spans
@@ -106,7 +106,7 @@ class Looking:
         row |= {name: float(f"{float(value):.6g}") for name, value in found.items()}
         self.rows[row["step"]] = row  # a resumed run looks again at what came after its checkpoint
         kept = [self.rows[at] for at in sorted(self.rows) if at <= row["step"]]
-        write_atomically(self.file, "".join(json.dumps(each) + "\n" for each in kept))
+        distributed.write(self.file, "".join(json.dumps(each) + "\n" for each in kept))
         self.rows = {each["step"]: each for each in kept}
 
     def panel(self, meta: PyTree) -> str:
@@ -141,7 +141,7 @@ def pretrain(
     folder = config.out / slug(name, seed) / "pretraining"
     steps = config.steps // method.student_steps
     every = max(1, steps // config.evaluations)
-    outer = methods_of.adamw(config.rate, config.warmup)
+    outer = adamw(config.rate, config.warmup)
     begin = jax.jit(method.start)(jax.random.key(seed))
     looking = Looking(data, method, score, folder, every)
     loader = episode_loader(method.sample, seed=seed, threads=1)
@@ -191,7 +191,7 @@ def tuning_steps(config: Any, task: Downstream) -> int:
 def make_tuner(config: Any, data: Data) -> Tuner:
     """Fine-tuning by masked_lm's head: a label is a token at every position."""
     shape = methods_of.network(config, data.words.size)
-    outer = methods_of.adamw(config.finetune_rate, config.finetune_warmup)
+    outer = adamw(config.finetune_rate, config.finetune_warmup)
     trainer = jmeta.meta_trainer(methods_of.plain(methods_of.student_loss(config, shape)), outer)
     begin = jax.jit(trainer.init)
 
@@ -268,7 +268,7 @@ def fine_tune(
         found = data_of.score(task.task, predicted, examples)
         steps = tuning_steps(config, task)
         scores[each] = {"metrics": found.metrics, "n": found.n, "steps": steps}
-        write_atomically(file, json.dumps(scores, indent=1) + "\n")
+        distributed.write(file, json.dumps(scores, indent=1) + "\n")
     return {each: scores[each] for each in data.tasks}
 
 
@@ -276,4 +276,4 @@ def write_predictions(folder: Path, task: Downstream, predicted: list[Any], exam
     """Write ``TASK.jsonl``, a row for each example as the benchmark's server takes it."""
     rows = data_of.official(task.task, predicted, examples)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomically(folder / f"{task.task.name}.jsonl", lines)
+    distributed.write(folder / f"{task.task.name}.jsonl", lines)

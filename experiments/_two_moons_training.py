@@ -18,13 +18,14 @@ import numpy as np
 
 import jmeta
 from experiments import _two_moons_data as data_of
+from experiments._teacher_shared import adamw, mlm_scores
 from experiments._two_moons_data import Data
-from experiments._two_moons_methods import Method, adamw, mlm_scores, network
+from experiments._two_moons_methods import Method, network
 from jmeta.core.types import Array, Info, PyTree
-from jmeta.files import write_atomically
-from jmeta.runtime import checkpoint
+from jmeta.runtime import checkpoint, distributed
 from jmeta.runtime.train import TrainState
 
+_TOGETHER = 50  # validation sequences that a student reads at a time
 _MONITORED = 64  # validation sequences that a teacher rewrites at each evaluation
 
 
@@ -107,7 +108,7 @@ def pretrain(config: Any, data: Data, name: str, method: Method, folder: Path) -
         row = {"step": (at + 1) * config.chunk, "samples": (at + 1) * samples, "seconds": spent}
         row |= _plain(seeds, _numbers(info) | numbers)
         history.append(row)
-        write_atomically(
+        distributed.write(
             folder / "metrics.jsonl", "".join(json.dumps(each) + "\n" for each in history)
         )
         checkpoint.save(manager, row["step"], kept, extra={"history": history, "seconds": spent})
@@ -138,7 +139,7 @@ def _programs(
 ) -> tuple[Callable[..., Any], Callable[[Kept], Any]]:
     """One dispatch of training, and one look at the students and what teaches them."""
     trainer = jmeta.meta_trainer(method.mg, adamw(config.rate, config.warmup))
-    scores = mlm_scores(network(config, data))
+    scores = mlm_scores(network(config, data), _TOGETHER)
     held_out = jax.tree.map(jnp.asarray, data.held_out)
     read = data_of.unlabelled(data.held_out, data.words)
     read = {k: jnp.asarray(read[k][:_MONITORED]) for k in ("tokens", "mask", "ordinary")}
@@ -149,11 +150,12 @@ def _programs(
     def one(kept: Kept) -> tuple[Kept, dict[str, Array]]:
         state = kept.states
         student = method.student(state.meta, state.estimator_state)
-        loss, accuracy = scores(student, held_out)
-        better = loss < kept.best_loss
+        mlm = scores(student, held_out)
+        better = mlm["loss"] < kept.best_loss
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), student, kept.best)
-        numbers = {"mlm_loss": loss, "mlm_accuracy": accuracy, **method.monitor(state.meta, read)}
-        return Kept(state, best, jnp.where(better, loss, kept.best_loss)), numbers
+        numbers = {f"mlm_{key}": value for key, value in mlm.items()}
+        numbers |= method.monitor(state.meta, read)
+        return Kept(state, best, jnp.where(better, mlm["loss"], kept.best_loss)), numbers
 
     return jax.jit(run, donate_argnums=0), jax.jit(jax.vmap(one))
 

@@ -16,8 +16,9 @@ import numpy as np
 import optax
 
 from experiments import _two_moons_data as data_of
+from experiments._teacher_shared import adamw
 from experiments._two_moons_data import Data, Labelled
-from experiments._two_moons_methods import adamw, network
+from experiments._two_moons_methods import network
 from jmeta.core.types import Array, PyTree
 from jmeta.models import masked_lm
 from jmeta.tasks.text import class_scores

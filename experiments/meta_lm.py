@@ -21,12 +21,13 @@ from experiments import _meta_lm_methods as methods_of
 from experiments import _meta_lm_report as page
 from experiments import _meta_lm_training as training
 from experiments._meta_lm_data import EMBEDDED, SUPERGLUE, Data
-from experiments._meta_lm_methods import METHODS, MLM, NONE, SOFT, Method
+from experiments._meta_lm_methods import METHODS, MLM, NONE, Method
 from experiments._shared import command_line, record
+from experiments._teacher_shared import SOFT, named
 from jmeta.data.sources import DataUnavailable
-from jmeta.files import write_atomically
 from jmeta.models import masked_lm
 from jmeta.runtime import config as configuration
+from jmeta.runtime import distributed
 
 _WHOLE = {"superglue": SUPERGLUE, "embedded": EMBEDDED}
 
@@ -120,9 +121,9 @@ class Config(configuration.RunConfig):
         tasks = tuple(each for name in self.tasks for each in _WHOLE.get(name, (name,)))
         teachers = tuple(name for name in METHODS if name != MLM)
         lists = {
-            "tasks": data_of.named("tasks", tasks, tuple(data_of.TASKS)),
-            "methods": data_of.named("methods", self.methods, METHODS),
-            "mlm_task": data_of.named("mlm_task", self.mlm_task, teachers),
+            "tasks": named("tasks", tasks, tuple(data_of.TASKS)),
+            "methods": named("methods", self.methods, METHODS),
+            "mlm_task": named("mlm_task", self.mlm_task, teachers),
         }
         for name, value in lists.items():
             object.__setattr__(self, name, value)
@@ -213,7 +214,7 @@ def keep(
         "looks": [each.looks for each in pretrained],
         "panels": [each.panel for each in pretrained],
     }
-    write_atomically(file_of(config, name), json.dumps(content) + "\n")
+    distributed.write(file_of(config, name), json.dumps(content) + "\n")
 
 
 def run(config: Config) -> None:
@@ -247,7 +248,8 @@ def run(config: Config) -> None:
         draw = jax.jit(functools.partial(masked_lm.init, shape))
         fresh = [draw(jax.random.key(seed)) for seed in config.seed_list]
         finish(NONE, fresh, [])
-    page.write(config, data, [file_of(config, name) for name in (*METHODS, NONE)])
+    if distributed.is_writer():
+        page.write(config, data, [file_of(config, name) for name in (*METHODS, NONE)])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

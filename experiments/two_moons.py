@@ -20,13 +20,14 @@ from experiments import _two_moons_data as data_of
 from experiments import _two_moons_methods as methods_of
 from experiments import _two_moons_report as page
 from experiments._shared import command_line, record
+from experiments._teacher_shared import HARD, named
 from experiments._two_moons_methods import METHODS, MLM, NONE
 from experiments._two_moons_training import Pretrained, pretrain
 from experiments._two_moons_tuning import Tuned, fine_tune, fine_tuner
 from jmeta import methods
-from jmeta.files import write_atomically
 from jmeta.models import masked_lm
 from jmeta.runtime import config as configuration
+from jmeta.runtime import distributed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,9 +108,9 @@ class Config(configuration.RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "methods", _named("methods", self.methods, METHODS))
+        object.__setattr__(self, "methods", named("methods", self.methods, METHODS))
         teachers = tuple(name for name in METHODS if name != MLM)
-        object.__setattr__(self, "mlm_task", _named("mlm_task", self.mlm_task, teachers))
+        object.__setattr__(self, "mlm_task", named("mlm_task", self.mlm_task, teachers))
         if not self.methods:
             raise ValueError(f"no methods: choose of {', '.join(METHODS)}")
         for n in (*self.label_counts, self.teacher_labels):
@@ -130,7 +131,7 @@ class Config(configuration.RunConfig):
                 f"evaluations={self.evaluations}: between 1 and the {self.samples // per_dispatch} "
                 "dispatches of a method"
             )
-        hard = [name for name in self.methods if name in methods_of.HARD]
+        hard = [name for name in self.methods if name in HARD]
         if hard and self.baseline == "leave_one_out" and self.micro_batches < 2:
             raise ValueError("leave_one_out compares micro-batches: set micro_batches to 2 or more")
         if self.mask_bug and not set(self.methods) & set(self.mlm_task):
@@ -151,15 +152,6 @@ class Config(configuration.RunConfig):
     def outer_steps(self) -> int:
         """Outer steps of a method."""
         return self.samples // (self.batch * self.micro_batches * self.inner_steps)
-
-
-def _named(field: str, names: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
-    """Names as a list or with commas between them, in the order of those that there are."""
-    asked = [part.strip() for name in names for part in name.split(",") if part.strip()]
-    unknown = [name for name in asked if name not in known]
-    if unknown:
-        raise ValueError(f"{field} {', '.join(unknown)}: choose of {', '.join(known)}")
-    return tuple(name for name in known if name in asked)
 
 
 PRESETS = {
@@ -227,7 +219,7 @@ def keep(
         "maps": {str(n): page.shares(t.margins[0]) for n, t in tuned.items()},
         "panels": panels,
     }  # fmt: skip
-    write_atomically(file_of(config, name), json.dumps(content) + "\n")
+    distributed.write(file_of(config, name), json.dumps(content) + "\n")
 
 
 def panels_of(
@@ -273,7 +265,8 @@ def run(config: Config) -> None:
         students = fresh_students(config, data)
         tuned, seconds = tune([students, students])
         keep(config, NONE, tuned, None, seconds, "")
-    page.write(config, data, [file_of(config, name) for name in (*METHODS, NONE)])
+    if distributed.is_writer():
+        page.write(config, data, [file_of(config, name) for name in (*METHODS, NONE)])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

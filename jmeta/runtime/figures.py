@@ -133,7 +133,8 @@ def cost_figure(
         figure, all_axes = canvas(
             4.3 * len(panels) + 0.8, 0.36 * len(methods) + 1.5, columns=len(panels)
         )
-        for axes, (metric, by_method) in zip(all_axes, panels.items(), strict=True):
+        panels_of = np.atleast_1d(all_axes)  # the canvas gives one axes as it is
+        for axes, (metric, by_method) in zip(panels_of, panels.items(), strict=True):
             ratios = [by_method.get(method, math.nan) / by_method[reference] for method in methods]
             _bars(axes, methods, ratios, reference)
             axes.set_title(wanted[metric], fontsize=10)

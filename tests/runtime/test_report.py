@@ -225,6 +225,9 @@ def test_cost_figure_shows_medians_of_ratios_to_the_reference(tmp_path):
         assert ratio in words
     assert "30" in words  # the decades of memory, which spans more than 30
     assert words.index("time per step") != words.index("temporary memory")
+    alone = [row for row in rows if row["metric"] == "temp_bytes"]
+    words = [word for word, _, _ in texts(figures.cost_figure(tmp_path / "alone", alone)[1])]
+    assert "3.4×" in words and "time per step" not in words  # one panel
     with pytest.raises(ValueError, match="for the reference 'firstorder'"):
         figures.cost_figure(tmp_path / "x", rows, reference="firstorder")
     with pytest.raises(ValueError, match=r"differ in 'T': \['None', '8'\]"):

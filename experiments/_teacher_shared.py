@@ -1,0 +1,131 @@
+"""What the two experiments on teachers share: optimizer, what a teacher writes, how MLM is scored.
+
+Two Moons trains seeds side by side and SuperGLUE one after the other; these pieces are the same.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jmeta import methods, optim
+from jmeta.core.types import Array, Key, PyTree
+from jmeta.methods.rewriting import draw, expected, of_heads
+from jmeta.models import masked_lm
+from jmeta.models.transformer import TransformerConfig
+from jmeta.tasks.tokenizer import Unified
+
+Batch: TypeAlias = dict[str, Any]
+
+SOFT = ("soft", "input-only soft", "mask-only")
+HARD = ("hard", "input-only hard")
+
+
+def named(setting: str, asked: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+    """Names as a list or with commas between them, in the order of those that there are.
+
+    Raises:
+        ValueError: one is unknown.
+    """
+    each = [part.strip() for name in asked for part in name.split(",") if part.strip()]
+    unknown = [name for name in each if name not in known]
+    if unknown:
+        raise ValueError(f"{setting} {', '.join(unknown)}: choose of {', '.join(known)}")
+    return tuple(name for name in known if name in each)
+
+
+def adamw(rate: Any, warmup: int) -> optax.GradientTransformation:
+    """The published optimizer, of student, teacher and fine-tuning."""
+    schedule = methods.inverse_sqrt(rate, warmup)
+    return optax.chain(
+        optim.clip_by_global_norm(5.0), optim.adamw(schedule, 0.9, 0.98, 1e-6, weight_decay=0.01)
+    )
+
+
+def student(config: Any, shape: TransformerConfig, loss: Any) -> methods.Student:
+    """The student that a teacher teaches: AdamW on what is written, one plain step on support."""
+    return methods.Student(
+        loss,
+        functools.partial(masked_lm.init, shape),
+        adamw(config.rate, config.warmup),
+        optax.chain(optim.clip_by_global_norm(5.0), optax.sgd(config.inner_rate)),
+    )
+
+
+def rewriting(
+    name: str, words: Unified, shape: TransformerConfig
+) -> tuple[methods.Rewriting, Callable[[Array], PyTree]]:
+    """What the teacher of a method writes, and where its parameters start."""
+    if name == "mask-only":
+        scorer = functools.partial(masked_lm.score, shape)
+        start = functools.partial(masked_lm.init_scorer, shape, share=0.15)
+        return methods.masks_only(scorer, words.mask), start
+    teacher = methods.without(functools.partial(masked_lm.write, shape), [words.pad])
+    return kind_of(name)(teacher), functools.partial(masked_lm.init_teacher, shape)
+
+
+def kind_of(name: str) -> Callable[[Any], methods.Rewriting]:
+    """Whether a method's teacher writes inputs alone, or labels too."""
+    return methods.inputs_only if name.startswith("input-only") else methods.inputs_and_labels
+
+
+def monitor(
+    shown: methods.Rewriting, words: Unified
+) -> Callable[[PyTree, Batch], dict[str, Array]]:
+    """``(meta, unlabelled batch) -> scalars`` that tell whether a teacher has collapsed."""
+
+    def look(meta: PyTree, batch: Batch) -> dict[str, Array]:
+        return methods.monitors(
+            shown.scores(meta, batch, None), batch,
+            mask_token=words.mask, label_tokens=[words.sep, *words.cls],
+        )  # fmt: skip
+
+    return look
+
+
+def panel(name: str, shown: methods.Rewriting) -> Callable[[PyTree, Batch, Key], Batch]:
+    """``(meta, unlabelled batch, key) -> what the teacher makes of it``."""
+    relax = expected if name in SOFT and name != "mask-only" else draw
+
+    def write(meta: PyTree, batch: Batch, key: Key) -> Batch:
+        return shown.write(of_heads(relax, shown.scores(meta, batch, None), key), batch)
+
+    return write
+
+
+def mlm_scores(shape: TransformerConfig, size: int) -> Callable[[PyTree, Batch], dict[str, Array]]:
+    """A student's loss and accuracy on corrupted rows of text.
+
+    Args:
+        shape: of the student.
+        size: rows at a time; the last ones are left out if they do not fill a part.
+
+    Returns:
+        ``(params, batch [rows, positions]) -> {"loss", "accuracy"}``: the mean over the tokens
+        that count, and the mean over rows of the share of them that is found again, in [0, 1].
+    """
+
+    def part(params: PyTree, batch: Batch) -> tuple[Array, ...]:
+        weights = batch["weights"]
+        scores = masked_lm.logits(shape, params, batch)
+        picked = jnp.take_along_axis(scores, batch["labels"][..., None], -1)[..., 0]
+        losses = jax.nn.logsumexp(scores, -1) - picked
+        right = weights * (scores.argmax(-1) == batch["labels"]).astype(weights.dtype)
+        count = weights.sum(-1)
+        share = jnp.where(count > 0, right.sum(-1) / jnp.maximum(count, 1), 1)
+        return (losses * weights).sum(), count.sum(), share.mean()
+
+    def score(params: PyTree, batch: Batch) -> dict[str, Array]:
+        rows = len(batch["weights"])
+        each = min(size, rows)
+        kept = rows - rows % each
+        parts = jax.tree.map(lambda x: x[:kept].reshape(-1, each, *x.shape[1:]), batch)
+        losses, counts, shares = jax.lax.map(lambda one: part(params, one), parts)
+        return {"loss": losses.sum() / counts.sum(), "accuracy": shares.mean()}
+
+    return score
