@@ -21,7 +21,7 @@ import jmeta
 from jmeta import cost, methods, optim
 from jmeta.core.types import Episode, MetaGradient, PyTree
 from jmeta.methods.maml import learned_start
-from jmeta.models import masked_lm
+from jmeta.models import masked_lm, teacher_lm
 from jmeta.runtime import config as configuration
 from jmeta.runtime import report, statistics
 
@@ -113,11 +113,11 @@ def cells(config: Config) -> dict[str, Cell]:
     tasks = Episode(batch(config, 1, (1, 1)), batch(config, 2, (1, 1)))
     plain = Episode(unlabelled, tasks)
     full = Episode({**unlabelled, "masked": masked}, tasks)
-    teacher = methods.without(functools.partial(masked_lm.write, shape), [masked_lm.PAD])
+    teacher = methods.without(functools.partial(teacher_lm.write, shape), [masked_lm.PAD])
     auxiliary = methods.mlm_auxiliary(methods.two_head_loss(teacher))
     both, inputs = methods.inputs_and_labels(teacher), methods.inputs_only(teacher)
     soft = functools.partial(methods.soft_teacher, student)
-    make = functools.partial(cell, config, init=functools.partial(masked_lm.init_teacher, shape))
+    make = functools.partial(cell, config, init=functools.partial(teacher_lm.init_teacher, shape))
     reverse = jmeta.reverse_grad
     mlm = jmeta.unrolled(learned_start(student.loss, optax.sgd(0.0)), steps=0)
     plain_batch = jax.tree.map(lambda x: x[0], pair)
@@ -143,18 +143,18 @@ def memory_cells(config: Config) -> dict[str, tuple[Any, ...]]:
         shape, student = networks(config, **fields)
         rewriting = methods.inputs_and_labels(functools.partial(write, shape))
         mg = methods.soft_teacher(student, rewriting, relax=relax, grad=grad)
-        meta = jax.eval_shape(functools.partial(masked_lm.init_teacher, shape), key)
+        meta = jax.eval_shape(functools.partial(teacher_lm.init_teacher, shape), key)
         state = jax.eval_shape(mg.init, meta, key)
         return jax.jit(lambda m, s, e: mg.estimate(m, s, e, None)), (meta, state, data)
 
     mixed, reverse = jmeta.mixed_mode_grad, jmeta.reverse_grad
-    whole = (masked_lm.write, methods.expected)
+    whole = (teacher_lm.write, methods.expected)
     cut = {"loop": "scan", "remat": "full", "chunk": config.chunk}
     return {
         "soft, reverse mode": made(*whole, reverse, loop="unroll"),
         "soft, mixed mode": made(*whole, mixed, loop="unroll"),
         "soft, mixed mode, chunked losses, block remat": made(*whole, mixed, **cut),
-        CHUNKED: made(masked_lm.write_factors, methods.unevaluated, mixed, **cut),
+        CHUNKED: made(teacher_lm.write_factors, methods.unevaluated, mixed, **cut),
     }
 
 

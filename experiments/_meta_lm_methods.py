@@ -21,7 +21,7 @@ from experiments._teacher_shared import HARD, SOFT
 from jmeta import methods
 from jmeta.core.types import Array, Key, MetaGradient, PyTree
 from jmeta.methods.maml import learned_start
-from jmeta.models import heads, masked_lm
+from jmeta.models import heads, masked_lm, teacher_lm
 from jmeta.models.transformer import TransformerConfig
 
 MLM, NONE = "mlm", "no pre-training"
@@ -127,7 +127,7 @@ def _meta_gradient(
         )  # fmt: skip
     if config.vocab_chunk and name != "mask-only":
         # No pass may hold a distribution over the vocabulary for all tokens at once.
-        lazy = functools.partial(masked_lm.write_factors, shape)
+        lazy = functools.partial(teacher_lm.write_factors, shape)
         rewriting, options["relax"] = shared.kind_of(name)(lazy), methods.unevaluated
     return methods.soft_teacher(student, rewriting, meta_weight=config.soft_weight, **options)
 
@@ -135,11 +135,11 @@ def _meta_gradient(
 def _supervised(config: Any, shape: TransformerConfig) -> Any:
     """The auxiliary losses' cross-entropy of both heads."""
     if not config.vocab_chunk:
-        return methods.two_head_loss(functools.partial(masked_lm.write, shape))
+        return methods.two_head_loss(functools.partial(teacher_lm.write, shape))
 
     def loss(meta: PyTree, batch: Batch, key: Key) -> tuple[Array, PyTree]:
         read = {"tokens": batch["tokens"], "mask": batch["mask"]}
-        factors = masked_lm.write_factors(shape, meta, read, key)
+        factors = teacher_lm.write_factors(shape, meta, read, key)
         parts = {}
         for name, weights in (("inputs", batch["mask"]), ("labels", batch["weights"])):
             states, table, bias = (factors[name][k] for k in ("states", "table", "bias"))

@@ -16,7 +16,7 @@ import optax
 from jmeta import methods, optim
 from jmeta.core.types import Array, Key, PyTree
 from jmeta.methods.rewriting import draw, expected, of_heads
-from jmeta.models import masked_lm
+from jmeta.models import masked_lm, teacher_lm
 from jmeta.models.transformer import TransformerConfig
 from jmeta.tasks.tokenizer import Unified
 
@@ -62,11 +62,11 @@ def rewriting(
 ) -> tuple[methods.Rewriting, Callable[[Array], PyTree]]:
     """What the teacher of a method writes, and where its parameters start."""
     if name == "mask-only":
-        scorer = functools.partial(masked_lm.score, shape)
-        start = functools.partial(masked_lm.init_scorer, shape, share=0.15)
+        scorer = functools.partial(teacher_lm.score, shape)
+        start = functools.partial(teacher_lm.init_scorer, shape, share=0.15)
         return methods.masks_only(scorer, words.mask), start
-    teacher = methods.without(functools.partial(masked_lm.write, shape), [words.pad])
-    return kind_of(name)(teacher), functools.partial(masked_lm.init_teacher, shape)
+    teacher = methods.without(functools.partial(teacher_lm.write, shape), [words.pad])
+    return kind_of(name)(teacher), functools.partial(teacher_lm.init_teacher, shape)
 
 
 def kind_of(name: str) -> Callable[[Any], methods.Rewriting]:

@@ -20,7 +20,7 @@ from experiments._two_moons_data import Batch, Data
 from jmeta import methods
 from jmeta.core.types import Array, Episode, Key, MetaGradient, PyTree
 from jmeta.methods.maml import learned_start
-from jmeta.models import masked_lm
+from jmeta.models import masked_lm, teacher_lm
 from jmeta.models.transformer import TransformerConfig
 
 MLM = "mlm"
@@ -85,7 +85,7 @@ def _teacher(config: Any, data: Data, name: str, shape: TransformerConfig, loss:
     rewriting, start = shared.rewriting(name, data.words, shape)
     auxiliary = None
     if name != "mask-only":
-        writer = functools.partial(masked_lm.write, shape)
+        writer = functools.partial(teacher_lm.write, shape)
         auxiliary = methods.mlm_auxiliary(methods.two_head_loss(writer))
     student = shared.student(config, shape, loss)
     options: dict[str, Any] = {"steps": config.inner_steps, "auxiliary": auxiliary}

@@ -226,7 +226,7 @@ def expected(scores: Array, key: Key) -> Array:
 def unevaluated(scores: Any, key: Key) -> Any:
     """``expected`` for a teacher that returns its distribution in a form the student evaluates.
 
-    Such as ``models.masked_lm.write_factors``, which is never multiplied out: then no pass holds
+    Such as ``models.teacher_lm.write_factors``, which is never multiplied out: then no pass holds
     a distribution over the vocabulary for all tokens at once.
 
     Args:

@@ -17,7 +17,7 @@ from experiments import _meta_lm_training as training
 from experiments import meta_lm
 from jmeta.data.sources import DataUnavailable
 from jmeta.methods import two_head_loss
-from jmeta.models import masked_lm
+from jmeta.models import masked_lm, teacher_lm
 from jmeta.runtime.report import read_results
 from jmeta.tasks import superglue
 from jmeta.tasks.text import Example
@@ -203,7 +203,7 @@ def test_questions_are_not_cut_and_what_is_trivial(data):
 
 def test_the_chunked_auxiliary_loss_is_the_plain_one(config):
     shape = masked_lm.config(37, 8, 1, 2, 6)
-    params = masked_lm.init_teacher(shape, jax.random.key(0))
+    params = teacher_lm.init_teacher(shape, jax.random.key(0))
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(3, 37, (3, 3, 6)), jnp.int32)
     mask = jnp.ones((3, 6)).at[2, 4:].set(0)
@@ -217,7 +217,7 @@ def test_the_chunked_auxiliary_loss_is_the_plain_one(config):
     # [PAD] has a probability in ``write`` and none in ``write_factors``.
     plain = two_head_loss(
         lambda meta, batch, key: jax.tree.map(
-            lambda s: s.at[..., 0].set(-1e30), masked_lm.write(shape, meta, batch, key)
+            lambda s: s.at[..., 0].set(-1e30), teacher_lm.write(shape, meta, batch, key)
         )
     )
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from jmeta import Episode, methods, optim
-from jmeta.models import masked_lm
+from jmeta.models import masked_lm, teacher_lm
 
 
 def step_and_shapes(shape, texts, chunk):
@@ -17,10 +17,10 @@ def step_and_shapes(shape, texts, chunk):
         functools.partial(masked_lm.init, shape),
         optim.adamw(1e-3),
     )
-    rewriting = methods.inputs_and_labels(functools.partial(masked_lm.write_factors, shape))
+    rewriting = methods.inputs_and_labels(functools.partial(teacher_lm.write_factors, shape))
     mg = methods.soft_teacher(student, rewriting, relax=methods.unevaluated)
     key = jax.random.key(0)
-    meta = jax.eval_shape(functools.partial(masked_lm.init_teacher, shape), key)
+    meta = jax.eval_shape(functools.partial(teacher_lm.init_teacher, shape), key)
     state = jax.eval_shape(mg.init, meta, key)
 
     def batch(*names, lead=(1,)):

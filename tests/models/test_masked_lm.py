@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from random_params import quick_jit
 
-from jmeta.models import heads, losses, masked_lm
+from jmeta.models import heads, losses, masked_lm, soft_tokens, teacher_lm
 from jmeta.testing import relative_error
 
 NAMES = ("tokens", "mask", "labels", "weights")
@@ -52,7 +52,7 @@ def test_one_hot_inputs_and_labels_are_ids_and_pads_change_nothing(x64):
     found = [*forms(batch()), other, short]
 
     def value_and_rows(p, b):
-        return masked_lm.loss(SHAPE, p, b)[0], masked_lm.embed(p["embed"]["tokens"], b["tokens"])
+        return masked_lm.loss(SHAPE, p, b)[0], soft_tokens.embed(p["embed"]["tokens"], b["tokens"])
 
     values, rows = zip(
         *quick_jit(lambda p: [value_and_rows(p, b) for b in found])(params()), strict=True
@@ -68,7 +68,7 @@ def test_no_input_reaches_the_row_of_pad(x64):
     table = params()["embed"]["tokens"]
 
     def value(table, tokens):
-        return (jnp.sin(masked_lm.embed(table, tokens)) ** 2).sum()
+        return (jnp.sin(soft_tokens.embed(table, tokens)) ** 2).sum()
 
     for tokens in (found["tokens"].at[0, 0].set(0), soft):
         slope = np.asarray(quick_jit(jax.grad(value))(table, tokens))
@@ -109,7 +109,7 @@ def test_a_distribution_that_is_not_multiplied_out_is_the_same(x64):
         factors = {name: p[name] for name in ("states", "table", "bias")}
         scores = p["states"].reshape(12, 8) @ p["table"].T + p["bias"][None]
         dense = jax.nn.softmax(scores, axis=-1).reshape(2, 6, 11)
-        found = masked_lm.embed(p["rows"], factors if lazy else dense, 4)
+        found = soft_tokens.embed(p["rows"], factors if lazy else dense, 4)
         return (jnp.sin(found) ** 2).sum()
 
     @quick_jit
@@ -123,7 +123,9 @@ def test_a_distribution_that_is_not_multiplied_out_is_the_same(x64):
 @pytest.mark.slow
 def test_initial_scales_are_those_of_the_paper():
     shape = masked_lm.config(vocab=500, width=64, layers=2, heads=4, max_len=16)
-    draw = jax.jit(lambda key: (masked_lm.init(shape, key), masked_lm.init_scorer(shape, key, 0.2)))
+    draw = jax.jit(
+        lambda key: (masked_lm.init(shape, key), teacher_lm.init_scorer(shape, key, 0.2))
+    )
     body, scorer = draw(jax.random.key(0))
     assert (body["embed"]["tokens"][0] == 0).all()
     np.testing.assert_allclose(body["embed"]["tokens"].std(), 0.02, rtol=0.03)
@@ -131,7 +133,7 @@ def test_initial_scales_are_those_of_the_paper():
     np.testing.assert_allclose(jnp.abs(joint).max(), (6 / 256) ** 0.5, rtol=1e-3)
     np.testing.assert_allclose(joint.std(), (6 / 256) ** 0.5 / 3**0.5, rtol=0.03)
     np.testing.assert_allclose(body["blocks"]["mlp"]["up"]["kernel"].std(), 0.02, rtol=0.03)
-    found = quick_jit(lambda p, t: masked_lm.score(shape, p, {"tokens": t}))(
+    found = quick_jit(lambda p, t: teacher_lm.score(shape, p, {"tokens": t}))(
         scorer, jnp.arange(16)[None]
     )
     np.testing.assert_allclose(jax.nn.sigmoid(found), 0.2, atol=0.1)
@@ -146,7 +148,7 @@ def test_mistakes():
     with pytest.raises(ValueError, match="9 tokens, but the model has max_len=6"):
         masked_lm.states(SHAPE, params(), {"tokens": jnp.ones((1, 9), int)})
     with pytest.raises(ValueError, match="no probability"):
-        masked_lm.init_scorer(SHAPE, jax.random.key(0), share=1.0)
+        teacher_lm.init_scorer(SHAPE, jax.random.key(0), share=1.0)
 
 
 def test_soft_cross_entropy_by_hand_and_against_the_hard_one(x64):
