@@ -21,10 +21,10 @@ def free_port():
 
 def environment(devices):
     """For a process of ``devices`` CPU devices, outside of any cluster."""
-    # As in conftest.py: the numbers matter here, not the speed.
-    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    count = "--xla_force_host_platform_device_count="
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if not flag.startswith(count)]
     return os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {flags}",
+        "XLA_FLAGS": " ".join([f"{count}{devices}", *flags]),
         "JAX_PLATFORMS": "cpu",
         "JMETA_HEARTBEAT_SECONDS": "100",  # nothing here waits for it
         "PYTHONPATH": str(ROOT),
