@@ -16,6 +16,7 @@ from experiments import _two_moons_training as training
 from experiments import _two_moons_tuning as tuning
 from experiments import two_moons
 from jmeta.core.types import Steps
+from jmeta.models import masked_lm, teacher_lm
 from jmeta.runtime.report import read_results
 from jmeta.tasks.text import batch, encode
 from jmeta.tasks.two_moons import WHICH_MOON, moon_examples
@@ -67,11 +68,10 @@ def test_methods_come_with_commas_or_spaces_in_one_order():
 
 def test_the_networks_have_the_published_size(data):
     shape = methods_of.network(two_moons.PRESETS["paper"], data)
-    start = methods_of.masked_lm
     sizes = [
         sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(
             lambda key, init=init: init(shape._replace(vocab=512), key), jax.random.key(0))))
-        for init in (start.init, start.init_teacher)
+        for init in (masked_lm.init, teacher_lm.init_teacher)
     ]  # fmt: skip
     assert [round(size, -2) for size in sizes] == [6700, 15500]
 
