@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jmeta
 from experiments import _two_moons_data as data_of
@@ -22,7 +24,7 @@ from experiments._teacher_shared import adamw, mlm_scores
 from experiments._two_moons_data import Data
 from experiments._two_moons_methods import Method, network
 from jmeta.core.types import Array, Info, PyTree
-from jmeta.runtime import checkpoint, distributed
+from jmeta.runtime import checkpoint, distributed, parallel
 from jmeta.runtime.train import TrainState
 
 _TOGETHER = 50  # validation sequences that a student reads at a time
@@ -115,6 +117,7 @@ def pretrain(config: Any, data: Data, name: str, method: Method, folder: Path) -
         print(_line(name, row, seeds), file=sys.stderr, flush=True)
     checkpoint.wait(manager)
     manager.close()
+    kept = distributed.own_copy(kept)
     latest = jax.vmap(method.student)(kept.states.meta, kept.states.estimator_state)
     seconds = before + time.monotonic() - begun
     return Pretrained(latest, kept.best, kept.states.meta, history, seconds)
@@ -130,8 +133,10 @@ def _begin(config: Any, method: Method) -> Kept:
         return Kept(state, student, jnp.float32(jnp.inf))
 
     keys = jnp.stack([jax.random.key(seed) for seed in config.seed_list])
+    # Several processes do the same: the seeds are a batch of one program, too small to be split.
+    alike = NamedSharding(parallel.make_mesh(), P()) if jax.process_count() > 1 else None
     # Each leaf has a buffer of its own: the steps donate theirs.
-    return jax.tree.map(jnp.copy, jax.jit(jax.vmap(one))(keys))
+    return jax.tree.map(jnp.copy, jax.jit(jax.vmap(one), out_shardings=alike)(keys))
 
 
 def _programs(
