@@ -10,11 +10,16 @@ from cluster import ROOT, environment, free_port
 
 from jmeta.runtime.report import read_results
 
-PRESET = ["--preset", "smoke", "--meta-steps", "10"]
+SINUSOID = ["experiments.sinusoid", "--preset", "smoke", "--meta-steps", "10"]
+TEACHERS = {
+    "two_moons": ["experiments.two_moons", "--preset", "smoke"],
+    "meta_lm": ["experiments.meta_lm", "--preset", "smoke", "--micro-batches", "2"],
+}
+MEASURED = ("seconds", "steps of MLM")
 
 
-def run(out, processes, devices, *options):
-    """Run the experiment in several processes; what each printed."""
+def run(command, out, processes, devices, *options):
+    """Run an experiment in several processes; what each printed."""
     port, children = free_port(), []
     for index in range(processes):
         cluster = {
@@ -22,10 +27,9 @@ def run(out, processes, devices, *options):
             "JAX_NUM_PROCESSES": str(processes),
             "JAX_PROCESS_ID": str(index),
         }
-        command = [sys.executable, "-m", "experiments.sinusoid", *PRESET, "--out", str(out)]
         children.append(
             subprocess.Popen(
-                [*command, *options],
+                [sys.executable, "-m", *command, "--out", str(out), *options],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 cwd=ROOT,
@@ -45,16 +49,19 @@ def run(out, processes, devices, *options):
 def results(out):
     """The numbers of a run by what they are of."""
     rows = read_results(out / "results.json")["rows"]
+    settings = ("method", "seed", "metric", "test_steps", "labels", "task", "measure",
+                "monitor")  # fmt: skip
     return {
-        tuple(str(row.get(key)) for key in ("method", "seed", "metric", "test_steps")): row["value"]
+        tuple(str(row.get(key)) for key in settings): row["value"]
         for row in rows
+        if not any(word in row["metric"] for word in MEASURED)
     }
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     out = tmp_path_factory.mktemp("alone") / "run"
-    run(out, 1, 1)
+    run(SINUSOID, out, 1, 1)
     return results(out)
 
 
@@ -64,7 +71,9 @@ def test_an_experiment_of_several_processes_gives_the_results_of_one(
     tmp_path, alone, processes, devices
 ):
     out = tmp_path / "run"
-    said = run(out, processes, devices, "--seeds", "2")  # which only the writer's report reads
+    said = run(
+        SINUSOID, out, processes, devices, "--seeds", "2"
+    )  # which only the writer's report reads
     found = results(out)
     assert found.keys() == alone.keys()
     for what, value in alone.items():
@@ -76,3 +85,15 @@ def test_an_experiment_of_several_processes_gives_the_results_of_one(
     repeated = "8 tasks cannot be split evenly over 16 devices: only 8 work"
     assert all((repeated in each) == (devices == 4) for each in said)
     assert os.listdir(out / "maml" / "checkpoints") == ["10"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TEACHERS)
+def test_teachers_in_two_processes_are_those_of_one(tmp_path, name):
+    run(TEACHERS[name], tmp_path / "one", 1, 2)
+    run(TEACHERS[name], tmp_path / "two", 2, 1)
+    one, two = results(tmp_path / "one"), results(tmp_path / "two")
+    assert two.keys() == one.keys()
+    for what, value in one.items():
+        np.testing.assert_allclose(two[what], value, rtol=1e-3, atol=1e-3, err_msg=str(what))
+    assert (tmp_path / "two" / "report.html").stat().st_size > 1000
