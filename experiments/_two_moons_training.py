@@ -93,13 +93,21 @@ def pretrain(config: Any, data: Data, name: str, method: Method, folder: Path) -
     samples = config.chunk * config.micro_batches * config.batch * config.inner_steps
     print(f"{name}: {config.outer_steps} outer steps", file=sys.stderr, flush=True)
 
-    states = kept.states
+    parts = _apart(kept.states)
     for at in range(done, chunks):
         each = [method.chunk(seed, at) for seed in seeds]
         episodes = jax.tree.map(lambda *leaves: np.stack(leaves, 1), *each)
-        states, info = run(states, episodes)
+        # The devices work at the same time: a call returns before its program ends.
+        moved = [part._replace(states=None) for part in parts]
+        for number, part in enumerate(parts):
+            mine = jax.tree.map(lambda leaf, part=part: leaf[:, part.seeds], episodes)
+            states, info = run(part.states, jax.device_put(mine, part.device))
+            moved[number] = part._replace(states=states, info=info)
+        parts = moved
         if (at + 1) % every and at + 1 < chunks:
             continue
+        states = _together([part.states for part in parts], axis=0)
+        info = _together([part.info for part in parts], axis=1)
         if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((info.loss, states.meta))):
             sys.exit(
                 f"{name}: a loss or a parameter is not finite at outer step "
@@ -121,6 +129,44 @@ def pretrain(config: Any, data: Data, name: str, method: Method, folder: Path) -
     latest = jax.vmap(method.student)(kept.states.meta, kept.states.estimator_state)
     seconds = before + time.monotonic() - begun
     return Pretrained(latest, kept.best, kept.states.meta, history, seconds)
+
+
+class _Part(NamedTuple):
+    """Seeds that a device trains: their slice, its states and what the last dispatch told."""
+
+    seeds: slice
+    device: Any
+    states: Any
+    info: Any = None
+
+
+def _apart(states: TrainState) -> list[_Part]:
+    """The seeds over this process's devices; several processes have them as one part each."""
+    count = jax.tree.leaves(states)[0].shape[0]
+    if jax.process_count() > 1:
+        return [_Part(slice(0, count), None, states)]
+    devices = jax.local_devices()[:count]
+    ends = [count * i // len(devices) for i in range(len(devices) + 1)]
+    return [
+        _Part(
+            slice(begin, end),
+            device,
+            # A copy, since the steps donate what they are given.
+            jax.device_put(
+                jax.tree.map(lambda leaf, b=begin, e=end: jnp.copy(leaf[b:e]), states), device
+            ),
+        )
+        for device, begin, end in zip(devices, ends, ends[1:], strict=False)
+    ]
+
+
+def _together(trees: list[Any], axis: int) -> Any:
+    """What the devices hold as one tree on the first of them."""
+    if len(trees) == 1:
+        return trees[0]
+    first = jax.local_devices()[0]
+    here = [jax.device_put(tree, first) for tree in trees]
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis), *here)
 
 
 def _begin(config: Any, method: Method) -> Kept:

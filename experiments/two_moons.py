@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ from jmeta import methods
 from jmeta.models import masked_lm
 from jmeta.runtime import config as configuration
 from jmeta.runtime import distributed
+
+_DEVICES = "xla_force_host_platform_device_count"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,6 +274,9 @@ def run(config: Config) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
+    if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
+        # Networks this small leave a core idle: each core is a device, with seeds of its own.
+        jax.config.update("jax_num_cpu_devices", os.cpu_count())
     command_line(PRESETS, run, argv)
 
 
