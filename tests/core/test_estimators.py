@@ -228,18 +228,10 @@ def standard_promotion():
         yield
 
 
-# The others under -m slow.
-QUICK = {("sgd", False), ("adam", True)}
-
-
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize(
     ("optimizer", "keyed"),
-    [
-        pytest.param(name, keyed, marks=[] if (name, keyed) in QUICK else pytest.mark.slow)
-        for name in OPTIMIZERS
-        for keyed in (False, True)
-    ],
+    [(name, keyed) for name in OPTIMIZERS for keyed in (False, True)],
 )
 def test_every_exact_estimator_agrees_with_central_differences(optimizer, keyed):
     problem, meta, episode = network_problem(OPTIMIZERS[optimizer])

@@ -145,15 +145,7 @@ TABLE = {
 }
 
 
-RARE = {"ademamix", "simplified ademamix", "adopt", "madgrad", "prodigy", "dadapt adamw", "dowg"}
-RARE |= {"schedule free adamw", "dog", "galore", "cocob", "acprop", "noisy sgd", "fromage"}
-# The same optax program as another row.
-RARE |= {"adam stopped", "adamw stopped", "adafactor factored"}
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in RARE else n for n in TABLE]
-)
+@pytest.mark.parametrize("name", TABLE)
 def test_what_optax_does_is_what_the_docstring_says(name):
     theirs, entries, leaf, _ = TABLE[name]
     # optax needs standard promotion, and some of optax.contrib a rank promotion too.

@@ -57,14 +57,8 @@ ESTIMATORS = {
 }
 
 
-USUAL = ("mixed_mode", "first_order", "reptile", "persistent")  # the others share their code
-
-
 @pytest.mark.parametrize("microbatch", [None, 1])
-@pytest.mark.parametrize(
-    "name",
-    [n if n in USUAL else pytest.param(n, marks=pytest.mark.slow) for n in ESTIMATORS],
-)
+@pytest.mark.parametrize("name", list(ESTIMATORS))
 def test_gradients_are_reduced_once_and_nothing_inside_a_loop(
     name, microbatch, meta, episodes, mesh
 ):

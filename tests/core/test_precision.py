@@ -45,7 +45,6 @@ def tokens(seed, *shape):
     return jax.random.randint(jax.random.key(seed), (*shape, 8), 0, 13)
 
 
-@pytest.mark.slow
 def test_bfloat16_compute_gives_float32_meta_gradients_of_both_modes():
     config, half = language_model(BF16)
     _, full = language_model(None)

@@ -31,7 +31,6 @@ def accuracies(out):
     return {row["method"]: row for row in rows if row["metric"] == "accuracy"}
 
 
-@pytest.mark.slow
 def test_smoke_scores_every_method_with_paired_differences(smoke):
     results = report.read_results(smoke)
     scored = accuracies(smoke)
@@ -55,7 +54,6 @@ def test_smoke_scores_every_method_with_paired_differences(smoke):
         assert (smoke / name).stat().st_size > 0, name
 
 
-@pytest.mark.slow
 def test_transfer_takes_exactly_mamls_gradient_evaluations(smoke):
     counts = {
         row["method"]: row["value"]
@@ -80,7 +78,6 @@ def test_a_batch_that_cannot_equal_them_is_refused():
         dataclasses.replace(fewshot_text.PRESETS["smoke"], joint_batch=7)
 
 
-@pytest.mark.slow
 def test_resuming_reads_what_is_complete_and_gives_the_same_numbers(smoke):
     before = accuracies(smoke)
     with pytest.raises(SystemExit, match="add --resume"):

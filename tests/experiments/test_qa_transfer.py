@@ -20,7 +20,6 @@ from jmeta.models.pretrained import to_pretrained
 from jmeta.runtime import report
 from jmeta.tasks.text import Example
 
-pytestmark = pytest.mark.slow  # whole runs
 SMOKE = qa_transfer.PRESETS["smoke"]
 
 

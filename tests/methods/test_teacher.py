@@ -255,7 +255,7 @@ def padded(tree):
     return jax.tree_util.tree_map_with_path(pad, tree)
 
 
-@pytest.mark.parametrize("kind", ["both", pytest.param("masks", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["both", "masks"])
 def test_pads_change_nothing(kind):
     mg, meta = soft_teacher(student(), KINDS[kind]), params_of(kind)
     plain, more = (estimated(mg, meta, data) for data in (episodes(), padded(episodes())))

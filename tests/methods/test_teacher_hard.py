@@ -53,7 +53,7 @@ def probabilities(meta, tokens, batch):
     return jnp.exp(log_probability(scores, drawn, batch["mask"]))
 
 
-@pytest.mark.parametrize("kind", ["exact", pytest.param("first_order", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["exact", "first_order"])
 def test_expected_score_function_is_the_gradient_of_the_expected_step(kind):
     """E[h grad(-log T)] is the derivative of the score after the mean step, E inside."""
     # one half, one quarter, one quarter: each outcome as often as it is likely
@@ -106,8 +106,8 @@ BASELINES = {
         ("negative_loss", "moving average"),
         ("loss_difference", "leave one out"),
         # One program each: the rest where time does not count.
-        pytest.param("negative_loss", "none", marks=pytest.mark.slow),
-        pytest.param("negative_loss", "leave one out", marks=pytest.mark.slow),
+        ("negative_loss", "none"),
+        ("negative_loss", "leave one out"),
     ],
 )
 def test_estimate_is_unbiased_under_every_baseline(kind, name):
@@ -211,7 +211,6 @@ def test_published_cosine_weighs_the_mean_cross_entropy():
     assert relative_error(state.student.fast, params) < 1e-12
 
 
-@pytest.mark.slow
 def test_several_steps_draw_for_each_and_move_the_student_as_often():
     data = episodes(unlabelled=Steps(text(2, 3, 2)))
     mg = hard_teacher(student(), BOTH, steps=3, baseline=methods.moving_average())

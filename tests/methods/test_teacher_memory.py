@@ -44,9 +44,7 @@ def every_array(jaxpr):
                     yield from every_array(body)
 
 
-@pytest.mark.parametrize(
-    ("chunk", "held"), [(20, False), pytest.param(None, True, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("chunk", "held"), [(20, False), (None, True)])
 def test_no_pass_holds_the_scores_of_all_tokens(chunk, held):
     shape = masked_lm.config(101, 8, 1, 2, max_len=6, loop="scan", remat="full")
     step, arguments = step_and_shapes(shape, texts=2, chunk=chunk)
@@ -55,7 +53,6 @@ def test_no_pass_holds_the_scores_of_all_tokens(chunk, held):
     assert bool(whole) == held, whole
 
 
-@pytest.mark.slow
 def test_memory_at_the_published_size():
     """6 layers, width 256, vocabulary 30,000, 4 texts of 128: at most 0.4 of 1.17 GB."""
     shape = masked_lm.config(30_000, 256, 6, 4, max_len=128, loop="scan", remat="full")

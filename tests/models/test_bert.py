@@ -104,7 +104,6 @@ def test_roberta_counts_positions_from_the_padding_index(x64):
     assert params["embed"]["positions"].shape == (6 + 2, 8)
 
 
-@pytest.mark.slow
 def test_loops_remats_and_attention_agree(x64):
     """Values and gradients, dropout included."""
     config = CONFIG._replace(dropout=0.2, attention_dropout=0.1)

@@ -103,7 +103,6 @@ def test_network_equals_numpy(x64, filters):
     close(jax.jit(conv.apply)(params, x), expected @ head["kernel"] + head["bias"])
 
 
-@pytest.mark.slow
 def test_spellings_agree_inside_an_inner_loop(x64, monkeypatch):
     """The exact meta-gradient after one step on a small network, by either convolution."""
     params = conv.init(jax.random.key(5), classes=2, channels=2, filters=4, size=9, blocks=2)

@@ -120,7 +120,6 @@ def test_a_distribution_that_is_not_multiplied_out_is_the_same(x64):
     assert relative_error(lazy, dense) < 1e-12
 
 
-@pytest.mark.slow
 def test_initial_scales_are_those_of_the_paper():
     shape = masked_lm.config(vocab=500, width=64, layers=2, heads=4, max_len=16)
     draw = jax.jit(

@@ -156,7 +156,6 @@ def test_causal_positions_do_not_see_the_future_and_encoders_do(x64):
     assert (jnp.abs(before - after).max(-1) > 1e-5).all()
 
 
-@pytest.mark.slow
 def test_loops_and_remats_agree(x64):
     """Values and gradients, dropout included; pairs that are not here, test_bert.py has."""
     config = CONFIG._replace(dropout=0.2, loop="unroll")

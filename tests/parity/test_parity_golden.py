@@ -15,14 +15,7 @@ def golden():
         return dict(file)
 
 
-# The span head is one matrix on states that the other cases compare too.
-CASES = [
-    pytest.param(case, id=case.name, marks=[pytest.mark.slow] if "spans" in case.name else [])
-    for case in parity.CASES
-]
-
-
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", parity.CASES, ids=[case.name for case in parity.CASES])
 def test_scores_loss_gradients_and_hessian_vector_products(x64, case, golden, tmp_path):
     theirs = parity.unpacked(case, golden)
     shapes = {n.removeprefix("grad/"): v.shape for n, v in theirs.items() if n.startswith("grad/")}

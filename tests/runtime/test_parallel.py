@@ -271,7 +271,6 @@ def test_gradients_leave_the_step_sharded_and_the_state_is_donated():
     assert relative_error(on_host(after.meta), on_host(expected.meta)) < 1e-5
 
 
-@pytest.mark.slow  # a layout cannot change the numbers, unless XLA is wrong
 def test_a_transformer_split_four_ways_takes_the_same_step():
     config = transformer.TransformerConfig(**SHAPE, loop="scan")
     language = lambda fast, meta, batch, key: transformer.next_token_loss(config, fast, batch)  # noqa: E731
@@ -326,7 +325,7 @@ def single():
 
 @pytest.mark.parametrize(
     "name",  # fsdp is a part of the run that goes on with fewer devices
-    ["data parallel", "all three", pytest.param("fsdp", marks=pytest.mark.slow)],
+    ["data parallel", "all three", "fsdp"],
 )
 def test_one_device_equals_eight_in_float32(name, single):
     eight = run(MESHES[name], optax.sgd(0.1))
@@ -372,9 +371,7 @@ def test_draws_do_not_depend_on_the_devices():
 EIGHT, FOUR, LAST = (MESHES["fsdp"], 8, 8), (MeshConfig(fsdp=2), 4, 14), (ONE, 1, 20)
 
 
-@pytest.mark.parametrize(
-    "plan", [(EIGHT, LAST), pytest.param((EIGHT, FOUR, LAST), marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("plan", [(EIGHT, LAST), (EIGHT, FOUR, LAST)])
 def test_a_run_goes_on_with_fewer_devices(plan, tmp_path, single):
     for config, devices, steps in plan:
         result = run(config, optax.sgd(0.1), devices, steps=steps, out=tmp_path, resume=steps > 8)
