@@ -246,6 +246,12 @@ def scan_steps(
     """
     if remat not in get_args(Remat):
         raise ValueError(f"remat is {remat!r}; choose one of {', '.join(get_args(Remat))}")
+    if remat == "none" and length == 1:
+        # Outside a loop, what nobody reads of the only step's cotangents is not computed: those of
+        # a student that lives on, for one. As a function of its own, as a scan's body is, it takes
+        # numpy's arrays too.
+        carry, y = jax.jit(step)(carry, jax.tree.map(lambda x: x[0], xs))
+        return carry, jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], y)
     if remat == "none":
         return jax.lax.scan(step, carry, xs, length=length)
     if remat == "step" or length < 4:
