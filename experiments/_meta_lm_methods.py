@@ -129,7 +129,8 @@ def _meta_gradient(
         # No pass may hold a distribution over the vocabulary for all tokens at once.
         lazy = functools.partial(teacher_lm.write_factors, shape)
         rewriting, options["relax"] = shared.kind_of(name)(lazy), methods.unevaluated
-    return methods.soft_teacher(student, rewriting, meta_weight=config.soft_weight, **options)
+    options["meta_weight"] = shared.soft_weight(config, name)
+    return methods.soft_teacher(student, rewriting, **options)
 
 
 def _supervised(config: Any, shape: TransformerConfig) -> Any:

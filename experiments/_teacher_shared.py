@@ -74,6 +74,11 @@ def kind_of(name: str) -> Callable[[Any], methods.Rewriting]:
     return methods.inputs_only if name.startswith("input-only") else methods.inputs_and_labels
 
 
+def soft_weight(config: Any, name: str) -> float:
+    """The weight of a soft method's meta-gradient; of mask-only, which has no other, any will do."""
+    return config.input_weight if name == "input-only soft" else config.soft_weight
+
+
 def monitor(
     shown: methods.Rewriting, words: Unified
 ) -> Callable[[PyTree, Batch], dict[str, Array]]:

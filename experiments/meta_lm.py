@@ -93,12 +93,14 @@ class Config(configuration.RunConfig):
     this over the root of warmup."""
     warmup: int = 1000
     """Steps until the peak."""
-    mlm_task: tuple[str, ...] = ("soft", "input-only soft")
+    mlm_task: tuple[str, ...] = ("soft",)
     """Methods whose student is scored on MLM half of the time, on the tasks otherwise."""
     mask_bug: bool = False
     """Count the missing labels of MLM as a task as [PAD], as the published runs did."""
     soft_weight: float = 10.0
-    """Weight of the meta-gradient of soft teachers beside their own MLM losses."""
+    """Weight of the soft teacher's meta-gradient beside its own MLM losses."""
+    input_weight: float = 1.0
+    """The same of the input-only soft teacher."""
     hard_weight: float = 10.0
     """Weight of the meta-gradient of hard teachers, which estimates that of soft ones by draws."""
     finetune_epochs: int = 20

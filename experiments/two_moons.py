@@ -76,12 +76,14 @@ class Config(configuration.RunConfig):
     """Steps on rewritten text inside a teacher's step."""
     teacher_labels: int = 10
     """Labelled points that a teacher sees: the set that students of as many labels get."""
-    mlm_task: tuple[str, ...] = ("soft", "input-only soft")
+    mlm_task: tuple[str, ...] = ("soft",)
     """Methods whose student is scored on MLM half of the time, on labelled points otherwise."""
     mask_bug: bool = False
     """Count the missing labels of MLM as a task as [PAD], as the published runs did."""
     soft_weight: float = 100.0
-    """Weight of the meta-gradient of soft teachers beside their own MLM losses."""
+    """Weight of the soft teacher's meta-gradient beside its own MLM losses."""
+    input_weight: float = 1.0
+    """The same of the input-only soft teacher."""
     soft_gradient: Literal["exact", "first_order"] = "exact"
     """Meta-gradient of soft teachers: through the student's Hessians, or without."""
     hard_weight: float = 100.0

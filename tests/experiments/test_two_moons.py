@@ -259,7 +259,7 @@ def test_every_method_runs_and_seeds_are_what_each_is_alone(tmp_path):
 @pytest.mark.parametrize(
     ("name", "changed"),
     [
-        ("input-only soft", {"mask_bug": True}),
+        ("soft", {"mask_bug": True}),
         ("input-only soft", {"soft_gradient": "first_order"}),
         ("input-only soft", {"inner_steps": 2, "chunk": 1}),
         ("input-only soft", {"restart_every": 1}),
