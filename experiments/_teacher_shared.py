@@ -75,7 +75,7 @@ def kind_of(name: str) -> Callable[[Any], methods.Rewriting]:
 
 
 def soft_weight(config: Any, name: str) -> float:
-    """The weight of a soft method's meta-gradient; of mask-only, which has no other, any will do."""
+    """The weight of a method's meta-gradient; mask-only has no other loss, so any will do."""
     return config.input_weight if name == "input-only soft" else config.soft_weight
 
 
