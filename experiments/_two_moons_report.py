@@ -49,7 +49,7 @@ def write(config: Any, data: Data, files: Sequence[Path]) -> None:
         config,
         shown,
         draw(config, data, found, summary),
-        _notes(config, found),
+        [without_a_network(summary), *_notes(config, found)],
     )
 
 
@@ -174,6 +174,21 @@ def draw_maps(config: Any, data: Data, found: Found) -> tuple[Path, Path]:
         return drawing.save(figure, config.out / "maps")
 
 
+def without_a_network(summary: Sequence[Mapping[str, Any]]) -> str:
+    """Where the nearest labelled point is better than every network, in a sentence."""
+    by: dict[int, dict[str, float]] = {}
+    for row in summary:
+        if row["metric"] == "accuracy":
+            by.setdefault(row["labels"], {})[row["method"]] = row["mean"]
+    lost = [n for n, means in by.items() if max(means, key=lambda name: means[name]) == NEIGHBOUR]
+    if not lost:
+        return "Some network is better than the nearest labelled point at every number of labels."
+    return (
+        "The nearest labelled point, without any network, is better than all of them with "
+        f"{', '.join(map(str, lost))} labelled points."
+    )
+
+
 def _notes(config: Any, found: Found) -> list[str]:
     chosen = "; ".join(
         f"{name}: "
@@ -218,6 +233,4 @@ def _notes(config: Any, found: Found) -> list[str]:
 _INTRO = """Points of two interleaved half circles on a grid of 64 x 64 are written as text, sixteen
 at a time, and a small transformer is pre-trained on them: by masked language modelling, or on what
 a teacher makes of them, which learns by how well the student does on a few labelled points after
-one step. Which pre-training helps to tell the two moons apart from 10 to 160 labelled points?
-
-The nearest labelled point, without any network, is better than all of them."""
+one step. Which pre-training helps to tell the two moons apart from few labelled points?"""

@@ -281,3 +281,21 @@ def test_every_option_of_a_teacher_changes_what_it_learns(data, tmp_path, name, 
     other = meta(dataclasses.replace(smoke, **changed), "other")
     pairs = zip(jax.tree.leaves(default), jax.tree.leaves(other), strict=True)
     assert max(float(abs(a - b).max()) for a, b in pairs) > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("network", "said"),
+    [
+        (0.9, "better than all of them with 10, 20"),
+        (0.999, "with 10 labelled"),
+        (1.0, "Some network"),
+    ],
+)
+def test_what_needs_no_network_is_said(network, said):
+    summary = [
+        {"metric": "accuracy", "method": method, "labels": n, "mean": mean}
+        for method, means in (("mlm", (0.9 if network < 1 else 1.0, network)),
+                              (page.NEIGHBOUR, (0.99, 0.99)))
+        for n, mean in zip((10, 20), means, strict=True)
+    ]  # fmt: skip
+    assert said in page.without_a_network(summary)
