@@ -125,6 +125,7 @@ def _meta_gradient(
             student, rewriting, coefficient="exact", baseline=baseline,
             meta_weight=config.hard_weight, **options,
         )  # fmt: skip
+    options["relax"] = shared.relaxation(name)
     if config.vocab_chunk and name != "mask-only":
         # No pass may hold a distribution over the vocabulary for all tokens at once.
         lazy = functools.partial(teacher_lm.write_factors, shape)

@@ -15,7 +15,7 @@ import optax
 
 from jmeta import methods, optim
 from jmeta.core.types import Array, Key, PyTree
-from jmeta.methods.rewriting import draw, expected, of_heads
+from jmeta.methods.rewriting import Relaxation, draw, expected, of_heads
 from jmeta.models import masked_lm, teacher_lm
 from jmeta.models.transformer import TransformerConfig
 from jmeta.tasks.tokenizer import Unified
@@ -77,6 +77,14 @@ def kind_of(name: str) -> Callable[[Any], methods.Rewriting]:
 def soft_weight(config: Any, name: str) -> float:
     """The weight of a method's meta-gradient; mask-only has no other loss, so any will do."""
     return config.input_weight if name == "input-only soft" else config.soft_weight
+
+
+def relaxation(name: str) -> Relaxation:
+    """How a soft teacher writes: distributions, but masks drawn, with the gradient put through.
+
+    The mean of a token and [MASK] shows the student the token: it would learn to copy.
+    """
+    return methods.straight_through if name == "mask-only" else methods.expected
 
 
 def monitor(

@@ -91,6 +91,7 @@ def _teacher(config: Any, data: Data, name: str, shape: TransformerConfig, loss:
     options: dict[str, Any] = {"steps": config.inner_steps, "auxiliary": auxiliary}
     if name in SOFT:
         options["meta_weight"] = shared.soft_weight(config, name)
+        options["relax"] = shared.relaxation(name)
         if config.soft_gradient == "first_order":
             options["grad"] = methods.direct_grad
         mg = methods.soft_teacher(student, rewriting, **options)

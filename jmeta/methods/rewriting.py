@@ -106,7 +106,8 @@ def masks_only(teacher: Network, mask_token: int) -> Rewriting:
     """The teacher chooses which positions to mask; the student finds the masked tokens again.
 
     In expectation an input is the mean of the token and [MASK], weighted by the probability, which
-    is also how much the label counts.
+    is also how much the label counts. Such an input still shows the token: a student learns to copy
+    it. ``soft_teacher(relax=straight_through)`` draws the masks.
 
     Args:
         teacher: ``(meta, batch, key) -> [examples, time]``: the log-odds of masking.
