@@ -17,6 +17,7 @@ from jax.extend import core as jex
 
 from jmeta.core.tracing import contains, dense, is_primal, variables_read
 from jmeta.core.trajectory import scan_from_carries
+from jmeta.core.tree import names
 from jmeta.core.types import Array, Key, LossFn, PyTree
 
 InnerGradFn: TypeAlias = Callable[[PyTree, PyTree, PyTree, Key], tuple[Array, PyTree, PyTree]]
@@ -237,6 +238,7 @@ def scan_steps(
 
     Raises:
         ValueError: an unknown ``remat``.
+        TypeError: the carry that a step returns differs from the one that it took.
 
     Example:
         >>> add = lambda carry, x: (carry + x, carry)
@@ -250,8 +252,9 @@ def scan_steps(
         # Outside a loop, what nobody reads of the only step's cotangents is not computed: those of
         # a student that lives on, for one. As a function of its own, as a scan's body is, it takes
         # numpy's arrays too.
-        carry, y = jax.jit(step)(carry, jax.tree.map(lambda x: x[0], xs))
-        return carry, jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], y)
+        last, y = jax.jit(step)(carry, jax.tree.map(lambda x: x[0], xs))
+        _require_same_types(carry, last)
+        return last, jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], y)
     if remat == "none":
         return jax.lax.scan(step, carry, xs, length=length)
     if remat == "step" or length < 4:
@@ -274,6 +277,26 @@ def scan_steps(
         )
         ys = jax.tree.map(lambda y, t: jnp.concatenate([y, t]), ys, tail)
     return carry, ys
+
+
+def _require_same_types(before: PyTree, after: PyTree) -> None:
+    """Refuse a carry that a second step could not take, as a scan does."""
+    if jax.tree.structure(before) != jax.tree.structure(after):
+        raise TypeError(
+            f"a step takes the carry {jax.tree.structure(before)} and returns "
+            f"{jax.tree.structure(after)}: they must have the same structure"
+        )
+    for name, *leaves in zip(
+        names(before), jax.tree.leaves(before), jax.tree.leaves(after), strict=True
+    ):
+        old, new = map(jax.typeof, leaves)
+        # A weak type is that of a Python number, which becomes what the step makes of it.
+        weak = getattr(old, "weak_type", False)
+        if old.shape != new.shape or (old.dtype != new.dtype and not weak):
+            raise TypeError(
+                f"a step takes the leaf {name!r} of the carry as {old.str_short()} and returns it "
+                f"as {new.str_short()}: they must be the same"
+            )
 
 
 def block_length(length: int) -> int:

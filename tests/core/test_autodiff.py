@@ -382,6 +382,23 @@ def test_a_scan_without_inputs_and_an_unknown_remat():
         scan_steps(count_up, 1.0, None, 7, "block")
 
 
+@pytest.mark.parametrize("length", [1, 2])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda count: count.astype(jnp.float64),
+        lambda count: jnp.stack([count, count]),
+        lambda count: {"count": count},
+    ],
+)
+def test_a_step_that_changes_its_carry_is_refused_at_any_length(length, changed):
+    step = lambda carry, _: ({"a": 2 * carry["a"], "n": changed(carry["n"])}, None)
+    with pytest.raises(TypeError, match=r"same|equal"):
+        scan_steps(step, {"a": 1.0, "n": jnp.float32(0)}, None, length)
+    number = scan_steps(lambda carry, _: (carry * jnp.float32(2), None), 1.0, None, length)[0]
+    assert number.dtype == jnp.float32  # a Python number has no dtype to keep
+
+
 def test_blocks_are_near_the_square_root():
     for length in range(1, 500):
         block = block_length(length)
