@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jmeta
@@ -24,7 +24,7 @@ from experiments._teacher_shared import adamw, mlm_scores
 from experiments._two_moons_data import Data
 from experiments._two_moons_methods import Method, network
 from jmeta.core.types import Array, Info, PyTree
-from jmeta.runtime import checkpoint, distributed, parallel
+from jmeta.runtime import checkpoint, distributed
 from jmeta.runtime.train import TrainState
 
 _TOGETHER = 50  # validation sequences that a student reads at a time
@@ -180,9 +180,19 @@ def _begin(config: Any, method: Method) -> Kept:
 
     keys = jnp.stack([jax.random.key(seed) for seed in config.seed_list])
     # Several processes do the same: the seeds are a batch of one program, too small to be split.
-    alike = NamedSharding(parallel.make_mesh(), P()) if jax.process_count() > 1 else None
+    alike = None
+    if jax.process_count() > 1:
+        alike = NamedSharding(Mesh(_first_of_each(jax.devices()), "processes"), P())
     # Each leaf has a buffer of its own: the steps donate theirs.
     return jax.tree.map(jnp.copy, jax.jit(jax.vmap(one), out_shardings=alike)(keys))
+
+
+def _first_of_each(devices: Sequence[Any]) -> list[Any]:
+    """One device of each process: the others would do over again what it does."""
+    first: dict[int, Any] = {}
+    for device in devices:
+        first.setdefault(device.process_index, device)
+    return [first[process] for process in sorted(first)]
 
 
 def _programs(

@@ -6,6 +6,7 @@ All seeds of a method are trained at once; a method is kept when it is done, and
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -276,9 +277,12 @@ def run(config: Config) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    asked = getattr(jax.config, "jax_num_cpu_devices", -1) > 0
+    if not asked and _DEVICES not in os.environ.get("XLA_FLAGS", ""):
         # Networks this small leave a core idle: each core is a device, with seeds of its own.
-        jax.config.update("jax_num_cpu_devices", os.cpu_count())
+        # Where JAX is in use already, its devices are as they are.
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", os.cpu_count())
     command_line(PRESETS, run, argv)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,21 @@ def test_methods_come_with_commas_or_spaces_in_one_order():
     )  # fmt: skip
     paper = two_moons.PRESETS["paper"]
     assert (paper.seeds, paper.outer_steps, paper.methods) == (5, 40_000, methods_of.METHODS)
+
+
+def test_a_session_that_uses_jax_already_keeps_its_devices(monkeypatch, capsys):
+    monkeypatch.delenv("XLA_FLAGS")
+    devices = jax.devices()
+    with pytest.raises(SystemExit) as ended:
+        two_moons.main(["--help"])
+    assert ended.value.code == 0
+    assert "--soft-weight" in capsys.readouterr().out
+    assert jax.devices() == devices
+
+
+def test_of_several_processes_each_trains_on_one_device():
+    devices = [types.SimpleNamespace(process_index=i, id=n) for n, i in enumerate((1, 0, 0, 1))]
+    assert [device.id for device in training._first_of_each(devices)] == [1, 0]
 
 
 def test_the_networks_have_the_published_size(data):
