@@ -37,6 +37,10 @@ TRANSFORMER: Rules = (
     *((f"**.blocks.*.{name}", P(None, "tensor", "fsdp")) for name in _ROWS),
     *((f"**.blocks.*.{name}.kernel", P(None, "tensor", "fsdp")) for name in _ROWS),
     ("**.head.*.kernel", P("fsdp")),
+    # A teacher's heads: each has a table of its own, or one score for each position.
+    ("**.table", P("tensor", "fsdp")),
+    ("**.dense.kernel", P("fsdp")),
+    ("**.score.kernel", P("fsdp")),
     ("**.scale", P()),
     ("**.bias", P()),
 )

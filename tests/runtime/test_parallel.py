@@ -14,7 +14,7 @@ import jmeta
 from jmeta import Episode, Problem
 from jmeta.core.tree import names
 from jmeta.cost import collectives
-from jmeta.models import bert, conv, gpt2, mlp, transformer
+from jmeta.models import bert, conv, gpt2, masked_lm, mlp, teacher_lm, transformer
 from jmeta.runtime import checkpoint, parallel
 from jmeta.runtime.config import RunConfig, parse
 from jmeta.runtime.fit import fit, from_function
@@ -126,6 +126,7 @@ def shapes(init, *args):
 
 
 SHAPE = {"vocab": 12, "width": 8, "layers": 3, "heads": 2, "max_len": 5}
+ENCODER = masked_lm.config(**SHAPE)
 MODELS = {
     "transformer": (shapes(transformer.init, transformer.TransformerConfig(**SHAPE)), None),
     **{
@@ -136,6 +137,9 @@ MODELS = {
         f"bert {head}": (shapes(bert.init, bert.BertConfig(**SHAPE, head=head)), None)
         for head in ("masked_lm", "classify", "spans")
     },
+    "masked_lm": (shapes(masked_lm.init, ENCODER), None),
+    "teacher": (shapes(teacher_lm.init_teacher, ENCODER), None),
+    "scorer": (shapes(teacher_lm.init_scorer, ENCODER), None),
     "conv": (shapes(lambda key: conv.init(key, classes=5, filters=8)), parallel.CONV),
     "mlp": (shapes(lambda key: mlp.init(key, SIZES)), parallel.mlp(3)),
     "mlp of one": (shapes(lambda key: mlp.init(key, (3, 5))), parallel.mlp(1)),
