@@ -8,20 +8,12 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jmeta
+from benchmarks.tpu_reductions import ESTIMATORS, EXAMPLES, STEPS, WIDTH, loss
 from jmeta import Episode, Problem
 from jmeta.cost import collectives, compile_estimate
 from jmeta.testing import relative_error
 
-TASKS, EXAMPLES, WIDTH, RATE, STEPS = 16, 8, 6, 0.1, 5
-
-
-def loss(fast, meta, batch, key):
-    hidden = jnp.tanh(batch["x"] @ fast["up"])
-    error = hidden @ fast["down"] - batch["y"]
-    return jnp.mean(error**2) + 0.05 * sum(jnp.sum(m**2) for m in jax.tree.leaves(meta)), {}
-
-
-PROBLEM = Problem(loss, loss, lambda meta: optax.sgd(RATE))
+TASKS, RATE = 16, 0.1
 
 
 @pytest.fixture(scope="module")
@@ -42,19 +34,6 @@ def episodes():
 @pytest.fixture(scope="module")
 def mesh():
     return jax.make_mesh((4, 2), ("tasks", "fsdp"), axis_types=(AxisType.Auto,) * 2)
-
-
-ESTIMATORS = {
-    "unrolled": lambda: jmeta.unrolled(PROBLEM, STEPS),
-    "mixed_mode": lambda: jmeta.mixed_mode(PROBLEM, STEPS, remat="nested"),
-    "first_order": lambda: jmeta.first_order(PROBLEM, STEPS),
-    "reptile": lambda: jmeta.reptile(PROBLEM, STEPS),
-    "truncated": lambda: jmeta.truncated(PROBLEM, STEPS, window=2),
-    "implicit": lambda: jmeta.implicit(jmeta.proximal(PROBLEM, 0.5), STEPS, solver=jmeta.cg(3)),
-    "forward": lambda: jmeta.forward(PROBLEM, STEPS),
-    "evolution": lambda: jmeta.evolution(PROBLEM, STEPS, pairs=1),
-    "persistent": lambda: jmeta.mixed_mode(PROBLEM, STEPS, persistent=True),
-}
 
 
 @pytest.mark.parametrize("microbatch", [None, 1])

@@ -1,9 +1,11 @@
 """docs/scaling.md says what the committed plans say, and its arithmetic counts real weights."""
 
+import json
+
 import jax
 import pytest
 
-from benchmarks import readme, scaling, tpu_plans
+from benchmarks import readme, scaling, tpu_plans, tpu_reductions
 from jmeta.cost.shapes import MODELS, setting
 
 
@@ -27,6 +29,19 @@ def test_the_bounds_hold_in_the_committed_plans():
         reduced = sum(v[1] for v in f.row.traffic.values()) / (2 * 255 / 256)
         assert meta <= reduced <= meta + 1024
         assert sum(v[2] for v in f.row.traffic.values()) == 0
+
+
+def test_every_estimator_reduces_once_in_the_committed_programs():
+    rows = json.loads((scaling.PLANS.parent / "tpu_reductions.json").read_text())["rows"]
+    asked = [(name, microbatch) for name in tpu_reductions.ESTIMATORS for microbatch in (None, 1)]
+    assert [(row["estimator"], row["microbatch"]) for row in rows] == asked
+    gradient = {f"f32[{','.join(map(str, shape))}]" for shape in tpu_reductions.SHAPES.values()}
+    for row in rows:
+        assert row["kinds"] == ["all-reduce"]
+        assert row["collectives"] == 1
+        assert row["inside loops"] == 0
+        arrays = [shape for shape in row["shapes"] if shape != "f32[]"]
+        assert sorted(arrays) == sorted([*gradient, f"f32[{tpu_reductions.STEPS}]"])
 
 
 @pytest.mark.parametrize("model", [name for name, shape in MODELS.items() if shape.causal])

@@ -1,0 +1,122 @@
+"""What the real TPU compiler makes of every estimator's reduction over tasks, without a TPU.
+
+Tasks of a small regression over the 256 chips of v5e:16x16, with and without microbatches: what is
+reduced once for an outer step, and what inside a loop: `python -m benchmarks.tpu_reductions`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import jmeta
+from jmeta.core.types import Episode, MetaGradient, Problem, PyTree
+from jmeta.cost import collectives, topology
+from jmeta.files import write_atomically
+from jmeta.runtime import parallel
+from jmeta.runtime.provenance import command_of, versions
+
+TOPOLOGY, STEPS, EXAMPLES, WIDTH = "v5e:16x16", 5, 8, 6
+SHAPES = {"up": (WIDTH, 7), "down": (7,)}
+
+
+def loss(fast: PyTree, meta: PyTree, batch: PyTree, key: Any) -> tuple[jax.Array, PyTree]:
+    """Squared error of a tanh network, and a penalty that reads the meta-parameters."""
+    error = jnp.tanh(batch["x"] @ fast["up"]) @ fast["down"] - batch["y"]
+    return jnp.mean(error**2) + 0.05 * sum(jnp.sum(m**2) for m in jax.tree.leaves(meta)), {}
+
+
+PROBLEM = Problem(loss, loss, lambda meta: optax.sgd(0.1))
+ESTIMATORS: dict[str, Callable[[], MetaGradient]] = {
+    "unrolled": lambda: jmeta.unrolled(PROBLEM, STEPS),
+    "mixed_mode": lambda: jmeta.mixed_mode(PROBLEM, STEPS, remat="nested"),
+    "first_order": lambda: jmeta.first_order(PROBLEM, STEPS),
+    "reptile": lambda: jmeta.reptile(PROBLEM, STEPS),
+    "truncated": lambda: jmeta.truncated(PROBLEM, STEPS, window=2),
+    "implicit": lambda: jmeta.implicit(jmeta.proximal(PROBLEM, 0.5), STEPS, solver=jmeta.cg(3)),
+    "forward": lambda: jmeta.forward(PROBLEM, STEPS),
+    "evolution": lambda: jmeta.evolution(PROBLEM, STEPS, pairs=1),
+    "persistent": lambda: jmeta.mixed_mode(PROBLEM, STEPS, persistent=True),
+}
+
+
+def compiled(name: str, tasks: int, microbatch: int | None, devices: list[Any]) -> str:
+    """The program of one estimate on a data-parallel mesh of the devices, as text."""
+    mg = jmeta.over_tasks(ESTIMATORS[name](), tasks=tasks, microbatch=microbatch)
+    mesh = parallel.make_mesh(devices=devices)
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    split = parallel.task_sharding(mesh)
+
+    def on(layout: Any, tree: PyTree) -> PyTree:
+        return parallel.abstract(tree, jax.tree.map(lambda _: layout, tree))
+
+    one = {"x": (EXAMPLES, WIDTH), "y": (EXAMPLES,)}
+    batch = {k: jax.ShapeDtypeStruct((tasks, *v), jnp.float32) for k, v in one.items()}
+    meta = {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in SHAPES.items()}
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    arguments = (
+        on(everywhere, meta),
+        on(split, jax.eval_shape(mg.init, meta, key)),
+        on(split, Episode(batch, batch)),
+        on(everywhere, key),
+    )
+    with jax.set_mesh(mesh):
+        program = jax.jit(mg.estimate, out_shardings=(everywhere, split, everywhere))
+        return str(program.lower(*arguments).compile().as_text())
+
+
+def measure() -> list[dict[str, Any]]:
+    """A row for each estimator, with one task a chip and with two that are accumulated."""
+    devices = topology.devices(TOPOLOGY)
+    rows = []
+    for name in ESTIMATORS:
+        for each, microbatch in ((1, None), (2, 1)):
+            found = collectives(compiled(name, each * len(devices), microbatch, devices))
+            rows.append(
+                {
+                    "estimator": name,
+                    "tasks a chip": each,
+                    "microbatch": microbatch,
+                    "kinds": sorted({one.kind for one in found}),
+                    "collectives": len(found),
+                    "shapes": sorted(shape for one in found for shape in one.shapes),
+                    "inside loops": sum(one.looped for one in found),
+                }
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compile in a process of its own: jax there believes that it is on a TPU VM."""
+    asked = argparse.ArgumentParser(prog="python -m benchmarks.tpu_reductions", description=__doc__)
+    asked.add_argument("--out", default="runs/tpu_reductions", help="folder of results.json")
+    asked.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    given = asked.parse_args(argv)
+    topology.require_libtpu()
+    if not given.here:
+        command = [sys.executable, "-m", "benchmarks.tpu_reductions", "--out", given.out, "--here"]
+        sys.exit(subprocess.run(command, env=os.environ | topology.environment()).returncode)
+    rows = ",\n".join(json.dumps(row) for row in measure())
+    write_atomically(Path(given.out) / "results.json", f'{{"rows": [\n{rows}\n]}}\n')
+    run = {
+        "command": command_of("benchmarks.tpu_reductions", ["--out", given.out]),
+        "devices": "none: compiled ahead of time",
+        "versions": versions() | {"libtpu": importlib.metadata.version("libtpu")},
+    }
+    write_atomically(Path(given.out) / "results.run.json", json.dumps(run, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
