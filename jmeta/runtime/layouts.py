@@ -36,6 +36,9 @@ TRANSFORMER: Rules = (
     *((f"**.blocks.*.{name}.bias", P(None, "tensor")) for name in _COLUMNS),
     *((f"**.blocks.*.{name}", P(None, "tensor", "fsdp")) for name in _ROWS),
     *((f"**.blocks.*.{name}.kernel", P(None, "tensor", "fsdp")) for name in _ROWS),
+    # Low-rank factors beside the kernels.
+    ("**.blocks.*.*.a", P(None, "fsdp")),
+    ("**.blocks.*.*.b", P(None, None, "tensor")),
     ("**.head.*.kernel", P("fsdp")),
     # A teacher's heads: each has a table of its own, or one score for each position.
     ("**.table", P("tensor", "fsdp")),

@@ -14,7 +14,7 @@ import jmeta
 from jmeta import Episode, Problem
 from jmeta.core.tree import names
 from jmeta.cost import collectives
-from jmeta.models import bert, conv, gpt2, masked_lm, mlp, teacher_lm, transformer
+from jmeta.models import bert, conv, gpt2, lora, masked_lm, mlp, teacher_lm, transformer
 from jmeta.runtime import checkpoint, parallel
 from jmeta.runtime.config import RunConfig, parse
 from jmeta.runtime.fit import fit, from_function
@@ -137,6 +137,7 @@ MODELS = {
         f"bert {head}": (shapes(bert.init, bert.BertConfig(**SHAPE, head=head)), None)
         for head in ("masked_lm", "classify", "spans")
     },
+    "lora": (shapes(lambda key: lora.init(bert.init(bert.BertConfig(**SHAPE), key), key, 4)), None),
     "masked_lm": (shapes(masked_lm.init, ENCODER), None),
     "teacher": (shapes(teacher_lm.init_teacher, ENCODER), None),
     "scorer": (shapes(teacher_lm.init_scorer, ENCODER), None),
