@@ -118,12 +118,12 @@ def read(path: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
 
 
-def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """The rows, one on each line, and beside them what compiled them."""
+def write(path: Path, rows: Sequence[dict[str, Any]], command: str) -> None:
+    """The rows, one on each line, and beside them the command and what compiled them."""
     lines = ",\n".join(json.dumps(row) for row in rows)
     write_atomically(path, f'{{"rows": [\n{lines}\n]}}\n')
     run = {
-        "command": command_of("benchmarks.tpu_plans", sys.argv[1:]),
+        "command": command,
         "devices": "none: compiled ahead of time",
         "versions": versions() | {"libtpu": importlib.metadata.version("libtpu")},
     }
@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         entry = {"part": one.part, "method": one.method, "key": key_of(one), "row": as_json(row)}
         rows.append(entry)
         done[entry["key"]] = entry
-        write(path, rows)
+        write(path, rows, command_of("benchmarks.tpu_plans", sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ reduced once for an outer step, and what inside a loop: `python -m benchmarks.tp
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import json
 import os
 import subprocess
 import sys
@@ -21,11 +19,11 @@ import jax.numpy as jnp
 import optax
 
 import jmeta
+from benchmarks import tpu_plans
 from jmeta.core.types import Episode, MetaGradient, Problem, PyTree
 from jmeta.cost import collectives, topology
-from jmeta.files import write_atomically
 from jmeta.runtime import parallel
-from jmeta.runtime.provenance import command_of, versions
+from jmeta.runtime.provenance import command_of
 
 TOPOLOGY, STEPS, EXAMPLES, WIDTH = "v5e:16x16", 5, 8, 6
 SHAPES = {"up": (WIDTH, 7), "down": (7,)}
@@ -108,14 +106,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not given.here:
         command = [sys.executable, "-m", "benchmarks.tpu_reductions", "--out", given.out, "--here"]
         sys.exit(subprocess.run(command, env=os.environ | topology.environment()).returncode)
-    rows = ",\n".join(json.dumps(row) for row in measure())
-    write_atomically(Path(given.out) / "results.json", f'{{"rows": [\n{rows}\n]}}\n')
-    run = {
-        "command": command_of("benchmarks.tpu_reductions", ["--out", given.out]),
-        "devices": "none: compiled ahead of time",
-        "versions": versions() | {"libtpu": importlib.metadata.version("libtpu")},
-    }
-    write_atomically(Path(given.out) / "results.run.json", json.dumps(run, indent=2) + "\n")
+    command = command_of("benchmarks.tpu_reductions", ["--out", given.out])
+    tpu_plans.write(Path(given.out) / "results.json", measure(), command)
 
 
 if __name__ == "__main__":
