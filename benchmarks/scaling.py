@@ -210,12 +210,12 @@ def figure(rows: Sequence[Found], path: Path) -> None:
     """Memory per chip by method, one panel for each topology of the table; filled where it fits."""
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-    from jmeta.runtime.drawing import PALETTE, canvas, save, style
+    from jmeta.runtime.drawing import PALETTE, panels, save, style
 
     topologies, models = ("v5e:2x4", "v5e:16x16", "v5p:4x4x4"), [m for m in MODELS if m != "tiny"]
     with style():
-        drawn, panels = canvas(11, 3.6, len(topologies))
-        for axes, topology in zip(panels, topologies, strict=True):
+        drawn, all_axes = panels(11, 3.6, len(topologies))
+        for axes, topology in zip(all_axes, topologies, strict=True):
             known = [f for f in rows if f.part == "table" and f.row.topology == topology]
             for index, method in enumerate(METHODS):
                 axes.plot([], [], "o", color=PALETTE[index], label=method)
@@ -232,9 +232,9 @@ def figure(rows: Sequence[Found], path: Path) -> None:
             axes.xaxis.set_minor_locator(NullLocator())
             axes.set_title(topology)
             axes.set_xlabel("GiB on each chip (line: what it offers)")
-        panels[0].set_yticks(range(len(models)), models)
-        panels[0].set_ylim(len(models) - 0.5, -0.5)
-        drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        all_axes[0].set_yticks(range(len(models)), models)
+        all_axes[0].set_ylim(len(models) - 0.5, -0.5)
+        drawn.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
         save(drawn, path)
 
 

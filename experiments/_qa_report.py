@@ -198,9 +198,7 @@ def answers_learned(
     metric = ANSWERS["token accuracy"]
     with drawing.style():
         names = list(bench.sources)
-        figure, axes = drawing.canvas(
-            3.0 * len(names) + 2.2, 0.27 * len(plans) + 1.2, columns=len(names)
-        )
+        figure, axes = drawing.panels(3.0 * len(names) + 2.2, 0.27 * len(plans) + 1.2, len(names))
         for place, name in enumerate(names):
             found = {
                 row["method"]: row

@@ -89,16 +89,21 @@ def save(figure: "Figure", path: Path | str) -> tuple[Path, Path]:
     return written[0], written[1]
 
 
-def canvas(width: float, height: float, columns: int = 1) -> tuple["Figure", Any]:
-    """A figure of a size in inches, and its axes: one, or an array of several in a row."""
+def canvas(width: float, height: float) -> tuple["Figure", Any]:
+    """A figure of a size in inches, and its axes."""
+    figure, (axes,) = panels(width, height, 1)
+    return figure, axes
+
+
+def panels(width: float, height: float, columns: int) -> tuple["Figure", Any]:
+    """A figure of a size in inches, and its axes in a row: an array, also of one."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     # Not pyplot: no global state, no window, no interpreter-wide backend.
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, columns, sharey=columns > 1, squeeze=False)[0]
-    return figure, axes[0] if columns == 1 else axes
+    return figure, figure.subplots(1, columns, sharey=True, squeeze=False)[0]
 
 
 def look(index: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jmeta.runtime.drawing import INK, PALETTE, canvas, look, save, spread, style
+from jmeta.runtime.drawing import INK, PALETTE, canvas, look, panels, save, spread, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -122,19 +122,16 @@ def cost_figure(
     """
     wanted = metrics or {"seconds": "time per step", "temp_bytes": "temporary memory"}
     costs = _costs(rows, wanted)
-    panels = {metric: costs[metric] for metric in wanted if metrics or costs[metric]}
-    if not panels:
+    shown = {metric: costs[metric] for metric in wanted if metrics or costs[metric]}
+    if not shown:
         raise ValueError(f"no row has a metric of {list(wanted)}")
-    for metric, by_method in panels.items():
+    for metric, by_method in shown.items():
         if not by_method.get(reference):
             raise ValueError(f"no {metric!r} above zero for the reference {reference!r}")
-    methods = list(dict.fromkeys(method for by in panels.values() for method in by))
+    methods = list(dict.fromkeys(method for by in shown.values() for method in by))
     with style():
-        figure, all_axes = canvas(
-            4.3 * len(panels) + 0.8, 0.36 * len(methods) + 1.5, columns=len(panels)
-        )
-        panels_of = np.atleast_1d(all_axes)  # the canvas gives one axes as it is
-        for axes, (metric, by_method) in zip(panels_of, panels.items(), strict=True):
+        figure, all_axes = panels(4.3 * len(shown) + 0.8, 0.36 * len(methods) + 1.5, len(shown))
+        for axes, (metric, by_method) in zip(all_axes, shown.items(), strict=True):
             ratios = [by_method.get(method, math.nan) / by_method[reference] for method in methods]
             _bars(axes, methods, ratios, reference)
             axes.set_title(wanted[metric], fontsize=10)
