@@ -4,6 +4,7 @@ from jmeta.methods.anil import anil, learned_body
 from jmeta.methods.baselines import Baseline, leave_one_out, moving_average, no_baseline
 from jmeta.methods.cavia import cavia, learned_context
 from jmeta.methods.collapse import has_collapsed, monitors, panels
+from jmeta.methods.dps import DPSMixState, DPSState, dps, dps_mix
 from jmeta.methods.imaml import imaml, proximal_start
 from jmeta.methods.maml import fomaml, learned_start, maml, reptile
 from jmeta.methods.maml_plus_plus import annealed, maml_plus_plus, maml_plus_plus_init
@@ -36,6 +37,8 @@ from jmeta.methods.teacher_hard import hard_teacher
 
 __all__ = [
     "Baseline",
+    "DPSMixState",
+    "DPSState",
     "Rewriting",
     "Student",
     "TeacherState",
@@ -45,6 +48,8 @@ __all__ = [
     "check_teacher",
     "class_labels",
     "direct_grad",
+    "dps",
+    "dps_mix",
     "expected",
     "fine_tuned",
     "fomaml",
