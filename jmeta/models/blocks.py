@@ -204,29 +204,71 @@ def attend(
     Returns:
         ``[batch, time, width]``.
     """
+    q, k, v = project(config, weights, x)
+    return mix(config, weights, q, k, v, allowed, key)
+
+
+def project(config: BlockConfig, weights: Params, x: Array) -> tuple[Array, Array, Array]:
+    """Queries, keys and values of every head.
+
+    Args:
+        config: its heads.
+        weights: as in ``attend``.
+        x: ``[batch, time, width]``.
+
+    Returns:
+        Three arrays ``[batch, heads, time, width // heads]``.
+    """
     batch, time, width = x.shape
     per_head = width // config.heads
     if "qkv" in weights:
         joined = linear(x, weights["qkv"]).reshape(batch, time, 3, config.heads, per_head)
         q, k, v = jnp.transpose(joined, (2, 0, 3, 1, 4))
-    else:
-        q, k, v = (
-            jnp.transpose(
-                linear(x, weights[name]).reshape(batch, time, config.heads, per_head), (0, 2, 1, 3)
-            )
-            for name in ("query", "key", "value")
+        return q, k, v
+    q, k, v = (
+        jnp.transpose(
+            linear(x, weights[name]).reshape(batch, time, config.heads, per_head), (0, 2, 1, 3)
         )
+        for name in ("query", "key", "value")
+    )
+    return q, k, v
+
+
+def mix(
+    config: BlockConfig,
+    weights: Params,
+    q: Array,
+    k: Array,
+    v: Array,
+    allowed: Array | None,
+    key: Key = None,
+) -> Array:
+    """Attention from queries to keys and values, which may be more than the queries.
+
+    Args:
+        config: how attention is computed.
+        weights: its layer ``out``.
+        q: ``[batch, heads, time, per_head]``.
+        k: ``[batch, heads, keys, per_head]``.
+        v: the same.
+        allowed: ``[batch or 1, 1, time, keys]`` bool, or None for everybody.
+        key: drives the dropout of attention weights.
+
+    Returns:
+        ``[batch, time, width]``.
+    """
+    batch, heads, time, per_head = q.shape
     if config.attention == "fused":
         q, k, v = (jnp.transpose(each, (0, 2, 1, 3)) for each in (q, k, v))
         mixed = jax.nn.dot_product_attention(q, k, v, mask=allowed)
     else:
         q = q * per_head**-0.5
-        scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=accumulate(x.dtype))
-        probabilities = masked_softmax(scores, allowed).astype(x.dtype)
+        scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=accumulate(q.dtype))
+        probabilities = masked_softmax(scores, allowed).astype(q.dtype)
         probabilities = dropout(probabilities, config.attention_dropout, key)
         mixed = jnp.einsum("bhqk,bhkd->bhqd", probabilities, v)
         mixed = jnp.transpose(mixed, (0, 2, 1, 3))
-    return linear(mixed.reshape(batch, time, width), weights["out"])
+    return linear(mixed.reshape(batch, time, heads * per_head), weights["out"])
 
 
 def feed_forward(config: BlockConfig, weights: Params, x: Array) -> Array:
