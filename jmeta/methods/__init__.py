@@ -5,7 +5,18 @@ from jmeta.methods.baselines import Baseline, leave_one_out, moving_average, no_
 from jmeta.methods.cavia import cavia, learned_context
 from jmeta.methods.collapse import has_collapsed, monitors, panels
 from jmeta.methods.dps import DPSMixState, DPSState, dps, dps_mix
+from jmeta.methods.hidden_states import HiddenStateOptimizer, HiddenStates, hidden_states
 from jmeta.methods.imaml import imaml, proximal_start
+from jmeta.methods.knn_lm import (
+    Datastore,
+    Neighbours,
+    activation_penalty,
+    datastore,
+    interpolate,
+    knn_distribution,
+    knn_log_likelihood,
+    nearest,
+)
 from jmeta.methods.maml import fomaml, learned_start, maml, reptile
 from jmeta.methods.maml_plus_plus import annealed, maml_plus_plus, maml_plus_plus_init
 from jmeta.methods.meta_pseudo_labels import labelled_auxiliary, meta_pseudo_labels
@@ -34,19 +45,31 @@ from jmeta.methods.teacher import pre_training, soft_teacher
 from jmeta.methods.teacher_auxiliary import mlm_auxiliary, two_head_loss
 from jmeta.methods.teacher_checks import check_teacher
 from jmeta.methods.teacher_hard import hard_teacher
+from jmeta.methods.token_weights import (
+    init_weight_head,
+    token_weights,
+    weight_head,
+    weight_slopes,
+)
 
 __all__ = [
     "Baseline",
     "DPSMixState",
     "DPSState",
+    "Datastore",
+    "HiddenStateOptimizer",
+    "HiddenStates",
+    "Neighbours",
     "Rewriting",
     "Student",
     "TeacherState",
+    "activation_penalty",
     "anil",
     "annealed",
     "cavia",
     "check_teacher",
     "class_labels",
+    "datastore",
     "direct_grad",
     "dps",
     "dps_mix",
@@ -56,10 +79,15 @@ __all__ = [
     "gumbel_softmax",
     "hard_teacher",
     "has_collapsed",
+    "hidden_states",
     "imaml",
+    "init_weight_head",
     "inputs_and_labels",
     "inputs_only",
+    "interpolate",
     "inverse_sqrt",
+    "knn_distribution",
+    "knn_log_likelihood",
     "labelled_auxiliary",
     "learned_body",
     "learned_context",
@@ -76,6 +104,7 @@ __all__ = [
     "mlm_auxiliary",
     "monitors",
     "moving_average",
+    "nearest",
     "no_baseline",
     "panels",
     "population",
@@ -85,7 +114,10 @@ __all__ = [
     "restarting",
     "soft_teacher",
     "straight_through",
+    "token_weights",
     "two_head_loss",
     "unevaluated",
+    "weight_head",
+    "weight_slopes",
     "without",
 ]

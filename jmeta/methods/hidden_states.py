@@ -6,7 +6,7 @@ The weights stay as they are. Each state has an optimizer of its own that moves 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jmeta.core.optim_pieces import optax_promotion
 from jmeta.core.types import Array, PyTree
 
 
-class Cache(NamedTuple):
+class HiddenStates(NamedTuple):
     """The states of the last tokens, oldest first, each with its own optimizer's state.
 
     Attributes:
@@ -32,26 +32,28 @@ class Cache(NamedTuple):
     opt_state: PyTree
 
 
-class HiddenStateOptimiser(NamedTuple):
+class HiddenStateOptimizer(NamedTuple):
     """A way to read a text, as two pure functions.
 
     Attributes:
-        init: ``states -> Cache``: an empty cache; ``states`` are arrays ``[capacity, ...]`` of
-            zeros, whose shapes say what the model keeps of a token.
+        init: ``states -> cache``: an empty one; ``states`` are zeros ``[capacity, ...]``, whose
+            shapes say what the model keeps of a token.
         step: ``(params, cache, inputs, targets) -> (losses, cache)``: score the window ``[window]``
             with the cache as it is, then adapt the cache to it.
     """
 
-    init: Callable[[PyTree], Cache]
-    step: Callable[[PyTree, Cache, Array, Array], tuple[Array, Cache]]
+    init: Callable[[PyTree], HiddenStates]
+    step: Callable[[PyTree, HiddenStates, Array, Array], tuple[Array, HiddenStates]]
 
 
-WindowLosses: TypeAlias = Callable[[PyTree, Cache, Array, Array, PyTree], tuple[Array, PyTree]]
+WindowLosses: TypeAlias = Callable[
+    [PyTree, HiddenStates, Array, Array, PyTree], tuple[Array, PyTree]
+]
 
 
 def hidden_states(
     window_losses: WindowLosses, optimizer: optax.GradientTransformation, *, steps: int = 1
-) -> HiddenStateOptimiser:
+) -> HiddenStateOptimizer:
     r"""Hidden-state optimisation: score a window, then move the states that it attended to.
 
     .. math::
@@ -75,7 +77,7 @@ def hidden_states(
             several steps are taken on it.
 
     Returns:
-        A ``HiddenStateOptimiser`` of one text; ``jax.vmap`` its ``step`` over texts.
+        A ``HiddenStateOptimizer`` of one text; ``jax.vmap`` its ``step`` over texts.
 
     Raises:
         ValueError: a negative number of steps.
@@ -103,12 +105,16 @@ def hidden_states(
     alone = optax_promotion(optax.with_extra_args_support(optimizer))
     init_each, update_each = jax.vmap(alone.init), jax.vmap(alone.update)
 
-    def init(states: PyTree) -> Cache:
+    def init(states: PyTree) -> HiddenStates:
         first = jax.tree.leaves(states)[0]
         position = jnp.zeros((), jnp.int32)
-        return Cache(states, jnp.zeros(first.shape[0], first.dtype), position, init_each(states))
+        return HiddenStates(
+            states, jnp.zeros(first.shape[0], first.dtype), position, init_each(states)
+        )
 
-    def step(params: PyTree, cache: Cache, inputs: Array, targets: Array) -> tuple[Array, Cache]:
+    def step(
+        params: PyTree, cache: HiddenStates, inputs: Array, targets: Array
+    ) -> tuple[Array, HiddenStates]:
         def total(held: PyTree, shift: PyTree) -> tuple[Array, tuple[Array, PyTree]]:
             losses, new = window_losses(params, cache._replace(states=held), inputs, targets, shift)
             return losses.sum(), (losses, new)
@@ -118,7 +124,10 @@ def hidden_states(
 
         shift = jax.tree.map(zeros, cache.states)
         held, opt_held, opt_new = cache.states, cache.opt_state, init_each(shift)
-        losses, new = total(held, shift)[1] if steps == 0 else (None, None)
+        losses: Any = None
+        new: Any = None
+        if steps == 0:
+            losses, new = total(held, shift)[1]
         for count in range(steps):
             slopes, (found, new) = jax.grad(total, argnums=(0, 1), has_aux=True)(held, shift)
             losses = found if count == 0 else losses
@@ -129,9 +138,9 @@ def hidden_states(
             new = optax.apply_updates(new, moves)
         states, opt_state = _slid((held, opt_held), (new, opt_new))
         present = _slid(cache.present, jnp.ones(inputs.shape[0], cache.present.dtype))
-        return losses, Cache(states, present, cache.position + inputs.shape[0], opt_state)
+        return losses, HiddenStates(states, present, cache.position + inputs.shape[0], opt_state)
 
-    return HiddenStateOptimiser(init, step)
+    return HiddenStateOptimizer(init, step)
 
 
 def _slid(old: PyTree, new: PyTree) -> PyTree:

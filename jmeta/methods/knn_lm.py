@@ -93,8 +93,8 @@ def nearest(store: Datastore, queries: Array, k: int, *, block: int = 8192) -> N
     Example:
         >>> store = datastore(jnp.array([[0.0], [4.0], [5.0]]), jnp.array([7, 8, 9]))
         >>> found = nearest(store, jnp.array([[4.4]]), 2, block=2)
-        >>> found.values.tolist(), found.distances.round(2).tolist()
-        ([[8, 9]], [[0.1599999964237213, 0.36000001430511475]])
+        >>> found.values.tolist(), [f"{each:.2f}" for each in found.distances[0]]
+        ([[8, 9]], ['0.16', '0.36'])
     """
     entries = store.values.shape[0]
     if not 1 <= k <= entries:

@@ -89,7 +89,7 @@ def test_penalty_has_its_closed_form():
     keys = jax.random.normal(jax.random.key(0), (2, 3, 4))
     slope = jax.grad(lambda x: knn_lm.activation_penalty(x, coefficient=0.3))(keys)
     np.testing.assert_allclose(slope, 2 * 0.3 * keys / 6, atol=1e-12)
-    weights = jnp.asarray([[1, 1, 0], [1, 0, 0]])
+    weights = jnp.asarray([[1.0, 1, 0], [1, 0, 0]])
     slope = jax.grad(lambda x: knn_lm.activation_penalty(x, weights, coefficient=0.3))(keys)
     np.testing.assert_allclose(slope, 2 * 0.3 * keys * weights[..., None] / 3, atol=1e-12)
     assert knn_lm.activation_penalty(keys, 0 * weights, coefficient=0.3) == 0
@@ -118,9 +118,11 @@ def test_keys_are_what_the_last_feed_forward_layer_reads(kind, layers):
     without = {**params, "blocks": {**params["blocks"], "mlp": off}}
     unit = {"scale": jnp.ones(8), "bias": jnp.zeros(8)}
     bare, _ = context_keys.hidden_and_keys(config, {**without, "ln_f": unit}, tokens, mask)
-    last = jax.tree.map(lambda x: x[-1], params["blocks"])
+    last = jax.tree.map(lambda x: np.asarray(x[-1]), params["blocks"])
     np.testing.assert_allclose(
-        keys[real], (bare * last["ln2"]["scale"] + last["ln2"]["bias"])[real], atol=1e-10
+        keys[real],
+        (np.asarray(bare) * last["ln2"]["scale"] + last["ln2"]["bias"])[real],
+        atol=1e-10,
     )
 
 
