@@ -20,6 +20,7 @@ from jmeta.core.inner import final, inner_loop, multi_step, online, start
 from jmeta.core.over_tasks import over_tasks
 from jmeta.core.tree import merge, partition
 from jmeta.core.types import Episode, Info, MetaGradient, Problem, Steps
+from jmeta.cost.choosing import auto
 from jmeta.runtime.evaluate import adapt, evaluate
 from jmeta.runtime.train import meta_trainer, stages
 
@@ -33,6 +34,7 @@ __all__ = [
     "Problem",
     "Steps",
     "adapt",
+    "auto",
     "cg",
     "check",
     "cost",

@@ -2,8 +2,11 @@
 
 ``table`` runs estimators on a problem of yours; ``plan`` compiles the sharded meta step for a TPU
 topology without a TPU, and says what fits; ``collectives`` reads the communication of a program.
+``fastest`` finds the quickest exact estimator that fits a memory, and ``auto`` is that estimator.
 """
 
+from jmeta.cost.choice import Choice, explain
+from jmeta.cost.choosing import DoesNotFitError, auto, fastest
 from jmeta.cost.hlo import Collective, collectives, wire_bytes
 from jmeta.cost.measured import (
     Cost,
@@ -24,22 +27,31 @@ from jmeta.cost.planner import plan
 from jmeta.cost.rows import Candidate, Row, choose, plan_markdown
 from jmeta.cost.shapes import Setting
 from jmeta.cost.topology import TopologyError
+from jmeta.cost.variants import Trial, Variant, build
 
 __all__ = [
     "Candidate",
+    "Choice",
     "Collective",
     "Cost",
+    "DoesNotFitError",
     "Program",
     "Row",
     "Setting",
     "TopologyError",
+    "Trial",
+    "Variant",
+    "auto",
+    "build",
     "choose",
     "collectives",
     "compile_estimate",
     "double",
     "estimators",
     "exact_reference",
+    "explain",
     "fast_bytes",
+    "fastest",
     "flops",
     "gradient_error",
     "interleave",
