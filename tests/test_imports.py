@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 ALLOWED = {
     "jmeta.files": set(),
     "jmeta.core": {"jmeta.core"},
-    "jmeta.methods": {"jmeta.core", "jmeta.methods"},
+    "jmeta.methods": {"jmeta.files", "jmeta.core", "jmeta.methods"},
     "jmeta.data": {"jmeta.files", "jmeta.data"},
     "jmeta.models": {"jmeta.files", "jmeta.core.types", "jmeta.core.tree", "jmeta.models"},
     "jmeta.tasks": {

@@ -4,7 +4,9 @@ from jmeta.methods.anil import anil, learned_body
 from jmeta.methods.baselines import Baseline, leave_one_out, moving_average, no_baseline
 from jmeta.methods.cavia import cavia, learned_context
 from jmeta.methods.collapse import has_collapsed, monitors, panels
+from jmeta.methods.diversity import Diversity, cross_diversity, diversity
 from jmeta.methods.dps import DPSMixState, DPSState, dps, dps_mix
+from jmeta.methods.fisher import Labels, fisher, per_example, row_average, sampled, summed, tapped
 from jmeta.methods.hidden_states import HiddenStateOptimizer, HiddenStates, hidden_states
 from jmeta.methods.imaml import imaml, proximal_start
 from jmeta.methods.knn_lm import (
@@ -35,46 +37,71 @@ from jmeta.methods.rewriting import (
     without,
 )
 from jmeta.methods.schedules import inverse_sqrt
-from jmeta.methods.students import (
-    Student,
-    TeacherState,
-    direct_grad,
-    fine_tuned,
+from jmeta.methods.students import Student, TeacherState, direct_grad, fine_tuned
+from jmeta.methods.task2vec import (
+    Head,
+    TaskEmbedding,
+    cached_features,
+    fit_head,
+    load_embeddings,
+    save_embeddings,
+    task2vec,
+    with_head,
+)
+from jmeta.methods.task_distances import (
+    DISTANCES,
+    correlation,
+    cosine,
+    distance_matrix,
+    entropy,
+    jensen_shannon,
+    normalised_cosine,
+    symmetric_kl,
 )
 from jmeta.methods.teacher import pre_training, soft_teacher
 from jmeta.methods.teacher_auxiliary import mlm_auxiliary, two_head_loss
 from jmeta.methods.teacher_checks import check_teacher
 from jmeta.methods.teacher_hard import hard_teacher
-from jmeta.methods.token_weights import (
-    init_weight_head,
-    token_weights,
-    weight_head,
-    weight_slopes,
-)
+from jmeta.methods.token_weights import init_weight_head, token_weights, weight_head, weight_slopes
+from jmeta.methods.variational_fisher import variational_precision
 
 __all__ = [
+    "DISTANCES",
     "Baseline",
     "DPSMixState",
     "DPSState",
     "Datastore",
+    "Diversity",
+    "Head",
     "HiddenStateOptimizer",
     "HiddenStates",
+    "Labels",
     "Neighbours",
     "Rewriting",
     "Student",
+    "TaskEmbedding",
     "TeacherState",
     "activation_penalty",
     "anil",
     "annealed",
+    "cached_features",
     "cavia",
     "check_teacher",
     "class_labels",
+    "correlation",
+    "cosine",
+    "cross_diversity",
     "datastore",
     "direct_grad",
+    "distance_matrix",
+    "diversity",
     "dps",
     "dps_mix",
+    "entropy",
     "expected",
     "fine_tuned",
+    "fisher",
+    "fit_head",
     "fomaml",
     "gumbel_softmax",
     "hard_teacher",
@@ -86,6 +113,7 @@ __all__ = [
     "inputs_only",
     "interpolate",
     "inverse_sqrt",
+    "jensen_shannon",
     "knn_distribution",
     "knn_log_likelihood",
     "labelled_auxiliary",
@@ -94,6 +122,7 @@ __all__ = [
     "learned_rates",
     "learned_start",
     "leave_one_out",
+    "load_embeddings",
     "maml",
     "maml_plus_plus",
     "maml_plus_plus_init",
@@ -106,18 +135,29 @@ __all__ = [
     "moving_average",
     "nearest",
     "no_baseline",
+    "normalised_cosine",
     "panels",
+    "per_example",
     "population",
     "pre_training",
     "proximal_start",
     "reptile",
     "restarting",
+    "row_average",
+    "sampled",
+    "save_embeddings",
     "soft_teacher",
     "straight_through",
+    "summed",
+    "symmetric_kl",
+    "tapped",
+    "task2vec",
     "token_weights",
     "two_head_loss",
     "unevaluated",
+    "variational_precision",
     "weight_head",
     "weight_slopes",
+    "with_head",
     "without",
 ]

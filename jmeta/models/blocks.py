@@ -1,6 +1,6 @@
 """The parts that transformers share: attention, feed-forward, normalisation, loops over layers.
 
-Every derivative of every order exists in all of them; there is no ``custom_vjp`` anywhere.
+Every derivative of every order exists in all of them, unless a linear layer has a tap.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jmeta.core.types import Array, Key
+from jmeta.models import taps
 
 Params = dict[str, Any]
 
@@ -111,6 +112,8 @@ def linear(x: Array, layer: Array | Params) -> Array:
         layer: the kernel ``[in, out]``, or a dict of ``kernel`` and, as far as there, ``bias``
             ``[out]`` and the low-rank factors ``a`` ``[in, rank]`` and ``b`` ``[rank, out]``,
             which are never multiplied out: no gradient has the kernel's shape for their sake.
+            ``squares`` ``[out]`` is a tap of ``jmeta.models.taps``: the first axis of ``x`` are
+            then examples.
 
     Returns:
         ``[..., out]``.
@@ -122,7 +125,8 @@ def linear(x: Array, layer: Array | Params) -> Array:
         y = y + (flat @ parts["a"].astype(x.dtype)) @ parts["b"].astype(x.dtype)
     if "bias" in parts:
         y = y + parts["bias"].astype(x.dtype)[None]
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    y = y.reshape(*x.shape[:-1], y.shape[-1])
+    return taps.tap(x, y, parts["squares"]) if "squares" in parts else y
 
 
 def layer_norm(x: Array, weights: Params, eps: float) -> Array:

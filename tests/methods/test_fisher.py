@@ -1,0 +1,196 @@
+"""The Fisher information against closed forms and brute force, by taps and by whole gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jmeta import partition
+from jmeta.core.tree import merge
+from jmeta.methods.fisher import fisher, per_example, sampled, summed, tapped
+from jmeta.models import bert, gpt2, taps, transformer
+
+KEY = jax.random.key(0)
+
+
+def whole(name, squares):
+    return squares
+
+
+def linear(fixed, kernel, x):
+    return x @ kernel
+
+
+def regression():
+    keys = jax.random.split(KEY, 2)
+    return jax.random.normal(keys[0], (40, 3)), jax.random.normal(keys[1], (3, 4))
+
+
+def closed_form(x, kernel):
+    p = jax.nn.softmax(x @ kernel)
+    return jnp.einsum("nd,nc->dc", x * x, p * (1 - p)) / len(x)
+
+
+def test_softmax_regression_has_a_closed_form(x64):
+    x, kernel = regression()
+    found = fisher(linear, (), kernel, x, KEY, labels=summed(), squares=per_example(whole))
+    np.testing.assert_allclose(found, closed_form(x, kernel), rtol=1e-12)
+
+
+def test_drawn_labels_agree_within_four_errors(x64):
+    x, kernel = regression()
+    squares = per_example(whole)
+    once = jax.vmap(
+        lambda key: fisher(linear, (), kernel, x, key, labels=sampled(2), squares=squares)
+    )
+    found = np.asarray(once(jax.random.split(KEY, 300)))
+    error = found.std(0, ddof=1) / np.sqrt(len(found))
+    assert np.all(np.abs(found.mean(0) - closed_form(x, kernel)) < 4 * error)
+
+
+@pytest.mark.parametrize("labels", [sampled(), summed()])
+def test_batches_change_nothing_and_weights_leave_out(x64, labels):
+    x, kernel = regression()
+    given = functools.partial(
+        fisher, linear, (), kernel, key=KEY, labels=labels, squares=per_example(whole)
+    )
+    expected = given(x[:7])
+    for size in (1, 3, 7, 50):
+        np.testing.assert_allclose(given(x[:7], batch_size=size), expected, rtol=1e-12)
+    counts = jnp.asarray([1.0] * 7 + [0.0] * 5)
+    np.testing.assert_allclose(given(x[:12], weights=counts, batch_size=5), expected, rtol=1e-12)
+
+
+def test_several_labels_of_an_example_are_each_a_gradient(x64):
+    """The Fisher information is over positions, each with the expectation over its own label."""
+    tokens = jax.random.normal(KEY, (3, 4, 2))
+    kernel = jax.random.normal(jax.random.key(1), (2, 3))
+
+    def scores(fixed, kernel, x):  # every position sees the sum of those before it
+        return jnp.cumsum(x, 1) @ kernel
+
+    found = fisher(scores, (), kernel, tokens, KEY, labels=summed(), squares=per_example(whole))
+    seen = jnp.cumsum(tokens, 1).reshape(-1, 2)
+    np.testing.assert_allclose(found, closed_form(seen, kernel), rtol=1e-12)
+    drawn = jax.vmap(
+        lambda key: fisher(
+            scores, (), kernel, tokens, key, labels=sampled(), squares=per_example(whole)
+        )
+    )(jax.random.split(KEY, 2000))
+    error = np.asarray(drawn).std(0, ddof=1) / np.sqrt(2000)
+    assert np.all(np.abs(np.asarray(drawn).mean(0) - found) < 4 * error)
+
+
+def networks():
+    sizes = {"vocab": 11, "width": 8, "layers": 2, "heads": 2, "max_len": 6}
+    b = bert.BertConfig(**sizes, head="classify", labels=3, ff=12)
+    g = gpt2.GPT2Config(**sizes, head="classify", labels=3, ff=12, loop="scan")
+    t = transformer.TransformerConfig(**sizes, ff=12)
+    tokens = lambda batch: (batch["tokens"], batch["mask"])  # noqa: E731
+    return {
+        "bert": (bert.init(b, KEY), functools.partial(bert.apply, b)),
+        "bert, scanned": (
+            bert.init(b, KEY),
+            functools.partial(bert.apply, b._replace(loop="scan", remat="full")),
+        ),
+        "gpt2": (gpt2.init(g, KEY), functools.partial(gpt2.apply, g)),
+        "transformer": (
+            transformer.init(t, KEY),
+            lambda p, batch: transformer.logits(t, p, *tokens(batch))[:, 0],
+        ),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "time"),  # two positions: by Gram matrices; six: by one gradient at a time
+    [("bert", 2), ("bert, scanned", 6), ("gpt2", 6), ("transformer", 2)],
+)
+def test_taps_equal_whole_gradients(x64, name, time):
+    params, apply = networks()[name]
+    batch = {"tokens": jax.random.randint(KEY, (5, time), 0, 11)}
+    batch["mask"] = jnp.ones((5, time)).at[1, 1:].set(0)
+    kernels, rest = partition(
+        params, *(["blocks.attn.*", "blocks.mlp.*"] if name == "transformer"
+                  else ["blocks.*.*.kernel"])
+    )  # fmt: skip
+    expected = fisher(
+        lambda rest, kernels, b: apply(merge(rest, kernels), b), rest, kernels, batch, KEY,
+        labels=summed(), squares=per_example(), batch_size=2,
+    )  # fmt: skip
+    made = taps.taps(params)
+    found = fisher(
+        lambda params, made, b: apply(taps.insert(params, made), b), params, made, batch, KEY,
+        labels=summed(), squares=tapped, batch_size=2,
+    )  # fmt: skip
+    for part in ("attn", "mlp"):
+        for layer, squares in found["blocks"][part].items():
+            other = expected["blocks"][part][layer]
+            other = other["kernel"] if isinstance(other, dict) else other
+            assert squares.shape == (2, other.shape[-1])
+            np.testing.assert_allclose(squares, other, rtol=1e-10, atol=1e-16)
+    np.testing.assert_array_equal(apply(taps.insert(params, made), batch), apply(params, batch))
+
+
+def test_rows_by_gram_matrix_by_gradient_and_of_one_position(x64):
+    for time, inputs, outputs in ((1, 5, 7), (2, 5, 7), (9, 5, 7)):
+        x = jax.random.normal(KEY, (4, time, inputs))
+        dy = jax.random.normal(jax.random.key(1), (4, time, outputs))
+        expected = (jnp.einsum("bti,bto->bio", x, dy) ** 2).mean(1).sum(0)
+        np.testing.assert_allclose(taps.row_squares(x, dy), expected, rtol=1e-12)
+    np.testing.assert_allclose(
+        taps.row_squares(x[:, 0], dy[:, 0]), taps.row_squares(x[:, :1], dy[:, :1]), rtol=1e-12
+    )
+    assert taps.row_squares(x.astype(jnp.bfloat16), dy.astype(jnp.bfloat16)).dtype == jnp.float32
+
+
+def test_no_weight_gradient_exists_and_memory_is_that_of_a_batch():
+    config = bert.BertConfig(
+        vocab=11, width=64, layers=2, heads=2, max_len=8, head="classify", ff=128
+    )
+    params = bert.init(config, KEY)
+    made = taps.taps(params)
+
+    def embed(params, made, inputs):
+        scores = lambda p, m, b: bert.apply(config, taps.insert(p, m), b)  # noqa: E731
+        return fisher(
+            scores, params, made, inputs, KEY, labels=sampled(), squares=tapped, batch_size=4
+        )
+
+    def compiled(count):
+        inputs = {"tokens": jnp.zeros((count, 8), jnp.int32)}
+        return jax.jit(embed).lower(params, made, inputs).compile().memory_analysis()
+
+    small, large = (compiled(count).temp_size_in_bytes for count in (8, 512))
+    assert large - small < 16 * 512  # the examples' numbers, and nothing else
+
+    def is_jaxpr(value):
+        return hasattr(value, "eqns") or hasattr(value, "jaxpr")
+
+    def products(jaxpr):
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "dot_general":
+                yield eqn.outvars[0].aval.shape
+            for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr):
+                if is_jaxpr(value):
+                    yield from products(getattr(value, "jaxpr", value))
+
+    inputs = {"tokens": jnp.zeros((8, 8), jnp.int32)}
+    shapes = list(products(jax.make_jaxpr(embed)(params, made, inputs).jaxpr))
+    assert (4, 8, 8) in shapes  # Gram matrices
+    kernels = {(64, 64), (64, 128), (128, 64)}
+    assert not [shape for shape in shapes if shape[-2:] in kernels]
+
+
+def test_what_cannot_be_is_refused():
+    x, kernel = regression()
+    options = {"labels": sampled(), "squares": per_example()}
+    with pytest.raises(ValueError, match="scores are"):
+        fisher(lambda f, w, x: (x @ w).sum(), (), kernel, x, KEY, **options)
+    with pytest.raises(ValueError, match="weights have shape"):
+        fisher(linear, (), kernel, x, KEY, weights=jnp.ones(3), **options)
+    with pytest.raises(ValueError, match="no linear layer"):
+        taps.taps({"w": jnp.ones((2, 2))}, "head.*")
+    with pytest.raises(ValueError, match="draws"):
+        sampled(0)
