@@ -50,13 +50,7 @@ from jmeta.methods.task2vec import (
 )
 from jmeta.methods.task_distances import (
     DISTANCES,
-    correlation,
-    cosine,
     distance_matrix,
-    entropy,
-    jensen_shannon,
-    normalised_cosine,
-    symmetric_kl,
 )
 from jmeta.methods.teacher import pre_training, soft_teacher
 from jmeta.methods.teacher_auxiliary import mlm_auxiliary, two_head_loss
@@ -88,8 +82,6 @@ __all__ = [
     "cavia",
     "check_teacher",
     "class_labels",
-    "correlation",
-    "cosine",
     "cross_diversity",
     "datastore",
     "direct_grad",
@@ -97,7 +89,6 @@ __all__ = [
     "diversity",
     "dps",
     "dps_mix",
-    "entropy",
     "expected",
     "fine_tuned",
     "fisher",
@@ -113,7 +104,6 @@ __all__ = [
     "inputs_only",
     "interpolate",
     "inverse_sqrt",
-    "jensen_shannon",
     "knn_distribution",
     "knn_log_likelihood",
     "labelled_auxiliary",
@@ -135,7 +125,6 @@ __all__ = [
     "moving_average",
     "nearest",
     "no_baseline",
-    "normalised_cosine",
     "panels",
     "per_example",
     "population",
@@ -149,7 +138,6 @@ __all__ = [
     "soft_teacher",
     "straight_through",
     "summed",
-    "symmetric_kl",
     "tapped",
     "task2vec",
     "token_weights",

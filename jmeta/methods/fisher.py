@@ -204,7 +204,8 @@ def fisher(
         >>> linear = lambda fixed, kernel, x: x @ kernel  # softmax regression
         >>> x, key = jnp.array([[1.0, 2.0], [3.0, 4.0]]), jax.random.key(0)
         >>> whole = per_example(lambda name, squares: squares)
-        >>> fisher(linear, (), jnp.zeros((2, 2)), x, key, labels=summed(), squares=whole).tolist()
+        >>> found = fisher(linear, (), jnp.zeros((2, 2)), x, key, labels=summed(), squares=whole)
+        >>> found.round(4).tolist()
         [[1.25, 1.25], [2.5, 2.5]]
 
     Source: Achille et al., "Task2Vec" (2019), section 3; their code squares the mean gradient of a

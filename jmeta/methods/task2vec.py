@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +109,8 @@ def fit_head(
             grads, state, head, value=value, grad=grads, value_fn=objective
         )
         head = optax.apply_updates(head, updates)
-        return head, state, optax.tree.norm(optax.tree.get(state, "grad"))
+        norm = optax.tree.norm(optax.tree.get(state, "grad"))
+        return cast(Head, head), state, norm
 
     def unfinished(carry: tuple[Head, Any, Array]) -> Array:
         _, state, norm = carry

@@ -84,7 +84,7 @@ def variational_precision(
         each = jax.tree.map(
             lambda w, log: w.size / log.size * (jnp.exp(log) / prior - log).sum(), weights, logs
         )
-        return 0.5 * sum(jax.tree.leaves(each))
+        return 0.5 * jnp.stack(jax.tree.leaves(each)).sum()
 
     def objective(logs: PyTree, key: Array) -> Array:
         rows, noise_key = jax.random.split(key)

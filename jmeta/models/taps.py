@@ -115,7 +115,7 @@ def taps(params: PyTree, *globs: str) -> PyTree:
     found: set[str] = set()
 
     def walk(node: Any, path: tuple[str, ...]) -> PyTree:
-        kernel = node.get("kernel") if isinstance(node, dict) else node
+        kernel: Any = node.get("kernel") if isinstance(node, dict) else node
         hit = {glob for glob in globs if matches(".".join(path), glob)}
         if hit and getattr(kernel, "ndim", 0) >= 2:
             found.update(hit)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from jmeta.methods import diversity as d
+from jmeta.methods import cross_diversity, diversity
 from jmeta.methods import task_distances as t
 
 RNG = np.random.default_rng(0)
@@ -78,8 +78,8 @@ def test_matrices_and_what_is_refused():
 
 
 def test_identical_tasks_have_none_and_orthogonal_ones_have_one():
-    assert d.diversity(t.distance_matrix([A] * 4, t.cosine)).mean == 0
-    found = d.diversity(t.distance_matrix(np.eye(5), t.normalised_cosine))
+    assert diversity(t.distance_matrix([A] * 4, t.cosine)).mean == 0
+    found = diversity(t.distance_matrix(np.eye(5), t.normalised_cosine))
     assert (found.mean, found.standard_error, found.pairs) == (1.0, 0.0, 10)
 
 
@@ -88,16 +88,16 @@ def test_the_jackknife_by_hand_and_the_order_of_tasks():
     upper = lambda m: m[np.triu_indices(len(m), 1)].mean()  # noqa: E731
     without = [upper(np.delete(np.delete(distances, i, 0), i, 1)) for i in range(6)]
     error = np.sqrt(5 / 6 * ((without - np.mean(without)) ** 2).sum())
-    found = d.diversity(distances)
+    found = diversity(distances)
     np.testing.assert_allclose(found[:2], (upper(distances), error), rtol=1e-12)
     order = RNG.permutation(6)
-    np.testing.assert_allclose(d.diversity(distances[np.ix_(order, order)]), found, rtol=1e-9)
+    np.testing.assert_allclose(diversity(distances[np.ix_(order, order)]), found, rtol=1e-9)
     table = t.distance_matrix(RNG.lognormal(size=(4, 9)), t.cosine, RNG.lognormal(size=(3, 9)))
     rows = [np.delete(table, i, 0).mean() for i in range(4)]
     columns = [np.delete(table, i, 1).mean() for i in range(3)]
     parts = [(n - 1) / n * ((x - np.mean(x)) ** 2).sum() for n, x in ((4, rows), (3, columns))]
     np.testing.assert_allclose(
-        d.cross_diversity(table)[:2], (table.mean(), np.sqrt(sum(parts))), rtol=1e-12
+        cross_diversity(table)[:2], (table.mean(), np.sqrt(sum(parts))), rtol=1e-12
     )
 
 
@@ -110,7 +110,7 @@ def test_the_interval_covers_and_that_of_independent_pairs_does_not():
     """4,000 sets of 20 tasks drawn independently."""
     rng = np.random.default_rng(1)
     tasks = rng.lognormal(size=(4000, 20, 10))
-    found = [d.diversity(matrix) for matrix in cosines(tasks, tasks)]
+    found = [diversity(matrix) for matrix in cosines(tasks, tasks)]
     mean, error, half, _, naive = map(np.array, zip(*found, strict=True))
     assert 0.93 <= (np.abs(mean - mean.mean()) < half).mean() <= 0.97
     assert abs(np.sqrt((error**2).mean()) / mean.std() - 1) < 0.08
@@ -122,7 +122,7 @@ def test_so_does_that_of_two_sets():
     rng = np.random.default_rng(2)
     matrices = cosines(rng.lognormal(size=(4000, 20, 10)), rng.gamma(1.0, size=(4000, 15, 10)))
     mean, error, half, _, _ = map(
-        np.array, zip(*map(d.cross_diversity, matrices), strict=True)
+        np.array, zip(*map(cross_diversity, matrices), strict=True)
     )  # fmt: skip
     assert 0.93 <= (np.abs(mean - mean.mean()) < half).mean() <= 0.97
     assert abs(np.sqrt((error**2).mean()) / mean.std() - 1) < 0.08
@@ -130,8 +130,8 @@ def test_so_does_that_of_two_sets():
 
 def test_too_few_tasks_are_refused():
     with pytest.raises(ValueError, match="at least three"):
-        d.diversity([[0, 1], [1, 0]])
+        diversity([[0, 1], [1, 0]])
     with pytest.raises(ValueError, match="square"):
-        d.diversity([[0, 1, 2], [3, 0, 1], [1, 1, 0]])
+        diversity([[0, 1, 2], [3, 0, 1], [1, 1, 0]])
     with pytest.raises(ValueError, match="at least two"):
-        d.cross_diversity([[1.0, 2.0]])
+        cross_diversity([[1.0, 2.0]])

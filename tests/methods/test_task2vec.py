@@ -95,9 +95,6 @@ def test_an_embedding_is_the_fisher_information_under_the_fitted_head(x64):
     np.testing.assert_allclose(found.vector, vector, rtol=1e-9, atol=1e-18)
     assert float(found.loss) == float(loss) < np.log(2)
     jax.tree.map(np.testing.assert_array_equal, before, params)  # the probe is as it was
-    padded = task2vec(features, params, made, inputs, y, KEY, classes=4, labels=summed())
-    exact = task2vec(features, params, made, inputs, y, KEY, classes=2, labels=summed())
-    np.testing.assert_allclose(padded.vector, exact.vector, rtol=1e-5)
 
 
 def test_halves_of_a_task_are_closer_than_different_tasks():
