@@ -161,6 +161,14 @@ def tapped(scores: Scores, fixed: PyTree, leaves: PyTree, batch: PyTree) -> tupl
 
     Returns:
         The scores and their ``Pullback``.
+
+    Example:
+        >>> from jmeta.models import taps  # softmax regression again, its kernel tapped
+        >>> linear = lambda kernel, squares, x: taps.tap(x, x @ kernel, squares)
+        >>> x, key = jnp.array([[1.0, 2.0], [3.0, 4.0]]), jax.random.key(0)
+        >>> given = linear, jnp.zeros((2, 2)), jnp.zeros(2), x, key
+        >>> fisher(*given, labels=summed(), squares=tapped).round(4).tolist()  # the mean of rows
+        [1.875, 1.875]
     """
     value, pull = jax.vjp(lambda squares: scores(fixed, squares, batch), leaves)
     return value, lambda cotangent: pull(cotangent)[0]

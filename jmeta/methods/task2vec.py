@@ -140,6 +140,11 @@ def cached_features(
 
     Returns:
         ``[examples, ..., width]``.
+
+    Example:
+        >>> probe = lambda fixed, kernel, x: x @ kernel
+        >>> cached_features(probe, (), jnp.ones((2, 3)), jnp.ones((5, 2)), batch_size=2).shape
+        (5, 3)
     """
     count = jax.tree.leaves(inputs)[0].shape[0]
     size = min(batch_size, count)
@@ -152,7 +157,19 @@ def cached_features(
 
 @functools.cache
 def with_head(features: Features) -> Callable[[PyTree, PyTree, PyTree], Array]:
-    """Scores of a probe: ``fixed`` is what the features take, and a ``Head``."""
+    """Scores of a probe: ``fixed`` is what the features take, and a ``Head``.
+
+    Args:
+        features: the probe without a head.
+
+    Returns:
+        ``((fixed, head), leaves, batch) -> [examples, ..., classes]``; one function for one probe.
+
+    Example:
+        >>> scores = with_head(lambda fixed, leaves, x: x)
+        >>> scores(((), Head(jnp.ones((2, 3)), jnp.zeros(3))), (), jnp.ones((1, 2))).tolist()
+        [[2.0, 2.0, 2.0]]
+    """
 
     def scores(fixed: PyTree, leaves: PyTree, batch: PyTree) -> Array:
         body, head = fixed
@@ -262,6 +279,12 @@ def load_embeddings(path: Path | str) -> tuple[dict[str, np.ndarray], dict[str, 
 
     Raises:
         ValueError: the file holds no embeddings.
+
+    Example:
+        >>> import tempfile
+        >>> path = save_embeddings(Path(tempfile.mkdtemp()) / "a.npz", {"rte": [1.0]}, {"seed": 3})
+        >>> load_embeddings(path)[1]
+        {'seed': 3}
     """
     with np.load(path, allow_pickle=False) as file:
         missing = {"names", "vectors", "metadata"} - set(file.files)
