@@ -6,6 +6,13 @@ from jmeta.methods.cavia import cavia, learned_context
 from jmeta.methods.collapse import has_collapsed, monitors, panels
 from jmeta.methods.diversity import Diversity, cross_diversity, diversity
 from jmeta.methods.dps import DPSMixState, DPSState, dps, dps_mix
+from jmeta.methods.dynamic_evaluation import (
+    dynamic_evaluation,
+    gradient_statistics,
+    rms_towards_start,
+    sgd_towards_start,
+)
+from jmeta.methods.fast_weights import FastWeights
 from jmeta.methods.fisher import Labels, fisher, per_example, row_average, sampled, summed, tapped
 from jmeta.methods.hidden_states import HiddenStateOptimizer, HiddenStates, hidden_states
 from jmeta.methods.imaml import imaml, proximal_start
@@ -66,6 +73,7 @@ __all__ = [
     "DPSState",
     "Datastore",
     "Diversity",
+    "FastWeights",
     "Head",
     "HiddenStateOptimizer",
     "HiddenStates",
@@ -89,11 +97,13 @@ __all__ = [
     "diversity",
     "dps",
     "dps_mix",
+    "dynamic_evaluation",
     "expected",
     "fine_tuned",
     "fisher",
     "fit_head",
     "fomaml",
+    "gradient_statistics",
     "gumbel_softmax",
     "hard_teacher",
     "has_collapsed",
@@ -132,9 +142,11 @@ __all__ = [
     "proximal_start",
     "reptile",
     "restarting",
+    "rms_towards_start",
     "row_average",
     "sampled",
     "save_embeddings",
+    "sgd_towards_start",
     "soft_teacher",
     "straight_through",
     "summed",

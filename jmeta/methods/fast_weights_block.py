@@ -1,0 +1,172 @@
+"""The block behind fast weight layers, and its backward pass written by hand.
+
+By hand, so that training differentiates it once instead of a derivative of a derivative.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jmeta.core.types import Array
+
+Params = dict[str, Any]
+
+
+class Slow(NamedTuple):
+    """The slow pass of a block.
+
+    Attributes:
+        states: its input ``[batch, time, width]``.
+        up: ``[batch, time, 4 size]``, before the activation.
+        hidden: ``[batch, time, 4 size]``, after it.
+        unit: ``[batch, time, size]``, centred and divided by the deviation.
+        deviation: ``[batch, time, 1]``.
+        features: ``[batch, time, size]``, its output.
+    """
+
+    states: Array
+    up: Array
+    hidden: Array
+    unit: Array
+    deviation: Array
+    features: Array
+
+
+class Learned(NamedTuple):
+    """What each position teaches the block: gradients of its weights, one rank for each token.
+
+    Attributes:
+        states: ``[batch, time, width]``, keys of the first layer.
+        up: ``[batch, time, 4 size]``, their values: the gradient before the activation.
+        hidden: ``[batch, time, 4 size]``, keys of the second layer.
+        down: ``[batch, time, size]``, their values: the gradient before the normalisation.
+        scale: ``[batch, time, size]``, gradients of the normalisation's scale.
+        bias: ``[batch, time, size]``, gradients of its bias, and so of the output.
+    """
+
+    states: Array
+    up: Array
+    hidden: Array
+    down: Array
+    scale: Array
+    bias: Array
+
+
+def at_least_float32(dtype: Any) -> Any:
+    """Float32 for anything narrower, else the dtype itself."""
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
+
+
+def dense(x: Array, layer: Params) -> Array:
+    """``x W + b`` over the last axis, in the dtype of ``x``."""
+    flat = x.reshape(-1, x.shape[-1]) @ layer["kernel"].astype(x.dtype)
+    return (flat + layer["bias"].astype(x.dtype)[None]).reshape(*x.shape[:-1], -1)
+
+
+def squared_relu(x: Array) -> Array:
+    """The square of what is positive, and zero."""
+    return jnp.square(jax.nn.relu(x))
+
+
+def standardised(x: Array, eps: float) -> tuple[Array, Array]:
+    """``x`` centred and divided by its deviation over the last axis; and the deviation."""
+    centred = x - x.mean(-1, keepdims=True)
+    deviation = jnp.sqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
+    return centred / deviation, deviation
+
+
+def slow_pass(params: Params, states: Array, eps: float) -> Slow:
+    """The block with its slow weights, as an ordinary layer.
+
+    Args:
+        params: of ``fast_weights.init``.
+        states: ``[batch, time, width]``, at least float32.
+        eps: added to the variance in the normalisation.
+
+    Returns:
+        Its output and what the backward pass reads.
+    """
+    up = dense(states, params["up"])
+    hidden = squared_relu(up)
+    unit, deviation = standardised(dense(hidden, params["down"]), eps)
+    scale, bias = (
+        params["norm"][each].astype(unit.dtype)[None, None] for each in ("scale", "bias")
+    )
+    return Slow(states, up, hidden, unit, deviation, unit * scale + bias)
+
+
+def gradients(
+    params: Params, slow: Slow, table: Array, labels: Array, weights: Array, scored: int | None
+) -> Learned:
+    r"""The gradient of each token's weighted loss in the block's weights, as keys and values.
+
+    With :math:`u` the gradient in the features, :math:`n` the normalised output, :math:`D = u
+    \gamma` and :math:`s` the deviation: :math:`g_2 = (D - \overline{D} - n \overline{D n}) / s` and
+    :math:`g_1 = (g_2 W_2^\top) \, 2 \max(z_1, 0)`.
+
+    Args:
+        params: of ``fast_weights.init``.
+        slow: of ``slow_pass``.
+        table: the unembedding ``[vocab, size]``.
+        labels: ``[batch, time]`` int.
+        weights: ``[batch, time]``; a position of weight zero teaches nothing, whatever it holds.
+        scored: tokens that are scored at a time; None: all at once.
+
+    Returns:
+        A ``Learned``.
+
+    Source: Clark et al. (2022), section 3; the derivative of LayerNorm is standard.
+    """
+    counts = (weights != 0)[..., None]
+    bias = unembedding_gradient(slow.features, table, labels, scored)
+    bias = jnp.where(counts, bias * weights[..., None], 0)
+    scaled = bias * params["norm"]["scale"].astype(bias.dtype)[None, None]
+    along = (scaled * slow.unit).mean(-1, keepdims=True)
+    down = (scaled - scaled.mean(-1, keepdims=True) - slow.unit * along) / slow.deviation
+    kernel = params["down"]["kernel"].astype(down.dtype)
+    up = jnp.einsum("bts,hs->bth", down, kernel) * (2 * jax.nn.relu(slow.up))
+    learned = Learned(slow.states, up, slow.hidden, down, bias * slow.unit, bias)
+    # Positions that teach nothing are no keys either: what stands at a pad may be NaN.
+    return Learned(*(jnp.where(counts, each, 0) for each in learned))
+
+
+def unembedding_gradient(features: Array, table: Array, labels: Array, scored: int | None) -> Array:
+    r"""The gradient of each token's loss in its own features, :math:`p E - E_y`.
+
+    Args:
+        features: ``[..., size]``.
+        table: the unembedding ``E``, ``[vocab, size]``.
+        labels: ``[...]`` int.
+        scored: tokens that are scored at a time; None: all at once.
+
+    Returns:
+        ``[..., size]``.
+
+    Example:
+        >>> table = jnp.array([[2.0], [4.0]])  # both are as likely at zero: the mean row is 3
+        >>> unembedding_gradient(jnp.zeros((1, 1)), table, jnp.array([0]), None).tolist()
+        [[1.0]]
+    """
+    size = features.shape[-1]
+    table = table.astype(features.dtype)
+
+    # Its scores are made again for a derivative: they are the largest arrays there are.
+    @jax.checkpoint
+    def part(table: Array, flat: Array, labels: Array) -> Array:
+        masses = flat @ table.T
+        masses = jnp.exp(masses - jax.lax.stop_gradient(masses.max(-1, keepdims=True)))
+        # Divided after the product, so that [tokens, vocab] is written once.
+        mean = (masses @ table) / masses.sum(-1, keepdims=True)
+        return mean - jnp.take(table, labels, axis=0, mode="clip")
+
+    flat, labels = features.reshape(-1, size), labels.reshape(-1)
+    count = flat.shape[0]
+    if scored is None or scored >= count:
+        return part(table, flat, labels).reshape(features.shape)
+    flat = jnp.pad(flat, ((0, -count % scored), (0, 0))).reshape(-1, scored, size)
+    labels = jnp.pad(labels, (0, -count % scored)).reshape(-1, scored)
+    out = jax.lax.map(lambda each: part(table, *each), (flat, labels))
+    return out.reshape(-1, size)[:count].reshape(features.shape)

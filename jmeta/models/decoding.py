@@ -1,0 +1,136 @@
+"""Decoders that keep their keys and values: a few tokens at a time, at the cost of these tokens.
+
+For ``transformer`` (causal) and ``gpt2``; the numbers are those of whole sequences.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jmeta.core.types import Array
+from jmeta.models import blocks, heads
+from jmeta.models.gpt2 import GPT2Config
+from jmeta.models.transformer import TransformerConfig
+
+Params = dict[str, Any]
+
+
+class Cache(NamedTuple):
+    """What a decoder remembers of a sequence; its size is fixed.
+
+    Attributes:
+        keys: for each layer ``[batch, heads, room, width / heads]``.
+        values: the same.
+        length: int32 scalar, tokens read.
+    """
+
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
+    length: Array
+
+
+def init_cache(
+    config: TransformerConfig | GPT2Config, params: Params, batch: int, room: int | None = None
+) -> Cache:
+    """A cache that holds nothing yet.
+
+    Args:
+        config: the shape of the model.
+        params: what ``init`` returned.
+        batch: number of sequences.
+        room: tokens it can hold; None: ``config.max_len``.
+
+    Returns:
+        A ``Cache`` of zeros, in the compute dtype.
+
+    Raises:
+        ValueError: the model is no causal decoder, or has fewer positions than the room.
+
+    Example:
+        >>> from jmeta.models import transformer
+        >>> config = TransformerConfig(vocab=11, width=8, layers=2, heads=2, max_len=5)
+        >>> params = transformer.init(config, jax.random.key(0))
+        >>> init_cache(config, params, batch=3).keys[0].shape
+        (3, 2, 5, 4)
+    """
+    if not getattr(config, "causal", True):
+        raise ValueError("only a causal model can be read token by token: causal=True")
+    room = config.max_len if room is None else room
+    if not 0 < room <= config.max_len:
+        raise ValueError(f"room for {room} tokens, but the model has {config.max_len} positions")
+    dtype = config.dtype or params["embed"]["tokens"].dtype
+    shape = (batch, config.heads, room, config.width // config.heads)
+    empty = tuple(jnp.zeros(shape, dtype) for _ in range(config.layers))
+    return Cache(empty, empty, jnp.zeros((), jnp.int32))
+
+
+def extend(
+    config: TransformerConfig | GPT2Config, params: Params, cache: Cache, tokens: Array
+) -> tuple[Array, Cache]:
+    """Reads the next tokens of each sequence.
+
+    Args:
+        config: the shape of the model; dropout is off.
+        params: what ``init`` returned.
+        cache: what was read before. Tokens beyond its room overwrite its end: see to it that
+            there is room.
+        tokens: ``[batch, time]`` int.
+
+    Returns:
+        The final states ``[batch, time, width]``, normalised, and the cache after them.
+
+    Example:
+        >>> from jmeta.models import transformer
+        >>> config = TransformerConfig(vocab=11, width=8, layers=2, heads=2, max_len=5)
+        >>> params = transformer.init(config, jax.random.key(0))
+        >>> cache = init_cache(config, params, batch=1)
+        >>> first, cache = extend(config, params, cache, jnp.array([[3, 4]]))
+        >>> then, cache = extend(config, params, cache, jnp.array([[5]]))
+        >>> whole = transformer.hidden(config, params, jnp.array([[3, 4, 5]]))
+        >>> bool(jnp.allclose(then[0, 0], whole[0, 2], atol=1e-5)), int(cache.length)
+        (True, 3)
+    """
+    blocks.check(config)
+    time, room = tokens.shape[1], cache.keys[0].shape[2]
+    rows = jnp.take(params["embed"]["tokens"], tokens, axis=0, mode="clip")
+    places = cache.length + jnp.arange(time, dtype=jnp.int32)
+    x = rows + jnp.take(params["embed"]["positions"], places, axis=0, mode="clip")[None]
+    x = x.astype(config.dtype or x.dtype)
+    allowed = jnp.arange(room, dtype=jnp.int32)[None, :] <= places[:, None]
+    # Layers are looped over, each with arrays of its own: written in place inside a scan.
+    layers = [
+        jax.tree.map(lambda leaf, i=i: leaf[i], stack)
+        for stack in heads.stacks(params)
+        for i in range(jax.tree.leaves(stack)[0].shape[0])
+    ]
+    keys, values = list(cache.keys), list(cache.values)
+    for i, layer in enumerate(layers):
+        normal = blocks.layer_norm(x, layer["ln1"], config.eps)
+        q, k, v = _heads(config, layer["attn"], normal)
+        keys[i] = jax.lax.dynamic_update_slice_in_dim(keys[i], k, cache.length, axis=2)
+        values[i] = jax.lax.dynamic_update_slice_in_dim(values[i], v, cache.length, axis=2)
+        scores = jnp.einsum(
+            "bhqd,bhkd->bhqk",
+            q * q.shape[-1] ** -0.5,
+            keys[i],
+            preferred_element_type=blocks.accumulate(x.dtype),
+        )
+        seen = blocks.masked_softmax(scores, allowed[None, None]).astype(x.dtype)
+        mixed = jnp.einsum("bhqk,bhkd->bqhd", seen, values[i]).reshape(x.shape)
+        x = x + blocks.linear(mixed, layer["attn"]["out"])
+        normal = blocks.layer_norm(x, layer["ln2"], config.eps)
+        x = x + blocks.feed_forward(config, layer["mlp"], normal)
+    states = blocks.layer_norm(x, params["ln_f"], config.eps)
+    return states, Cache(tuple(keys), tuple(values), cache.length + time)
+
+
+def _heads(config: blocks.BlockConfig, weights: Params, x: Array) -> tuple[Array, Array, Array]:
+    """Queries, keys and values, each ``[batch, heads, time, width / heads]``."""
+    batch, time, width = x.shape
+    joined = blocks.linear(x, weights["qkv"])
+    joined = joined.reshape(batch, time, 3, config.heads, width // config.heads)
+    q, k, v = jnp.transpose(joined, (2, 0, 3, 1, 4))
+    return q, k, v

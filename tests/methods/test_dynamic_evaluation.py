@@ -1,0 +1,241 @@
+"""Dynamic evaluation against loops written by hand, in float64; what it must never depend on."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jmeta
+from jmeta.core.types import Episode, Problem, Steps
+from jmeta.methods.dynamic_evaluation import (
+    dynamic_evaluation,
+    gradient_statistics,
+    plain,
+    rms_towards_start,
+    sgd_towards_start,
+)
+from jmeta.models import decoding, heads, transformer
+from jmeta.testing import central_differences, relative_error
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+PARAMS = {"body": {"w": np.linspace(-1.0, 1.0, 6).reshape(2, 3)}, "head": np.linspace(0.5, -0.5, 3)}
+
+
+@pytest.fixture
+def params(x64):
+    return jax.tree.map(jnp.asarray, PARAMS)
+
+
+@pytest.fixture
+def documents(x64):
+    """Two documents of five segments of four points."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 5, 4, 2))
+    return {"x": jnp.asarray(x), "y": jnp.asarray(np.sin(3 * x[..., 0]))}
+
+
+def network(params, batch):
+    out = jnp.tanh(batch["x"] @ params["body"]["w"]) @ params["head"]
+    return jnp.mean((out - batch["y"]) ** 2), {"first": out[0]}
+
+
+def one(documents, i=0):
+    return jax.tree.map(lambda x: x[i], documents)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _evaluated(make, params, document, globs, *settings):
+    return dynamic_evaluation(plain(network), make(*settings), params, document, (), *globs)
+
+
+def evaluated(make, params, document, *settings, globs=()):
+    return _evaluated(make, params, document, globs, *settings)
+
+
+def test_scores_come_before_updates_and_match_a_loop(params, documents):
+    document, rate, decay = one(documents), 0.3, 0.1
+    found = evaluated(sgd_towards_start, params, document, rate, decay)
+    here = params
+    for s in range(5):
+        segment = jax.tree.map(lambda x, s=s: x[s], document)
+        (value, aux), grads = jax.value_and_grad(network, has_aux=True)(here, segment)
+        assert float(abs(found.losses[s] - value)) < 1e-14
+        assert float(abs(found.aux["first"][s] - aux["first"])) < 1e-14
+        here = jax.tree.map(lambda p, g, s: p + decay * (s - p) - rate * g, here, grads, params)
+    assert relative_error(found.params, here) < 1e-14
+
+
+def test_rms_matches_a_loop_in_numpy_with_no_entry_past_its_start(params, documents):
+    document, rate, decay, eps = one(documents), 0.05, 0.6, 1e-3
+    rng = np.random.default_rng(1)
+    sizes = jax.tree.map(lambda x: jnp.asarray(rng.uniform(0, 1, x.shape) ** 3), params)
+    found = evaluated(rms_towards_start, params, document, rate, decay, sizes, eps)
+    mean = np.mean(np.concatenate([np.ravel(x) for x in jax.tree.leaves(sizes)]))
+    gradient = jax.jit(jax.value_and_grad(lambda p, x: network(p, x)[0]))
+    here, clipped = jax.tree.map(np.asarray, params), False
+    for s in range(5):
+        value, grads = gradient(here, jax.tree.map(lambda x, s=s: x[s], document))
+        assert float(abs(found.losses[s] - value)) < 1e-13
+
+        def update(p, g, start, size):
+            ratio = np.minimum(np.asarray(size) / mean, 1 / decay)
+            return p + decay * ratio * (start - p) - rate * g / (np.asarray(size) + eps)
+
+        here = jax.tree.map(update, here, grads, params, sizes)
+        clipped |= any(bool((x / mean > 1 / decay).any()) for x in jax.tree.leaves(sizes))
+    assert clipped  # the world has entries that would pass the start
+    assert relative_error(found.params, here) < 1e-13
+
+
+def test_without_a_rate_it_is_the_static_model(params, documents):
+    found = evaluated(sgd_towards_start, params, one(documents), 0.0, 0.5)
+    static = jax.jit(jax.vmap(network, (None, 0)))(params, one(documents))[0]
+    np.testing.assert_allclose(found.losses, static, atol=1e-15)
+    jax.tree.map(np.testing.assert_array_equal, found.params, params)
+
+
+def test_rms_with_sizes_of_one_and_no_decay_is_gradient_descent(params, documents):
+    ones = jax.tree.map(jnp.ones_like, params)
+    rms = evaluated(rms_towards_start, params, one(documents), 0.2, 0.0, ones, 0.0)
+    plain_sgd = evaluated(optax.sgd, params, one(documents), 0.2)
+    ours = evaluated(sgd_towards_start, params, one(documents), 0.2)
+    assert relative_error(rms.params, plain_sgd.params) < 1e-15
+    assert relative_error(ours.params, plain_sgd.params) < 1e-15
+
+
+@pytest.mark.parametrize("rms", [False, True])
+def test_the_decay_alone_leads_back_to_the_start(params, rms):
+    sizes = jax.tree.map(lambda x: jnp.abs(x) + 0.2, params)
+    tx = rms_towards_start(0.0, 0.4, sizes) if rms else sgd_towards_start(0.0, 0.4)
+
+    def step(state, _):
+        here, opt_state = state
+        updates, opt_state = tx.update(jax.tree.map(jnp.ones_like, params), opt_state, here)
+        here = optax.apply_updates(here, updates)
+        return (here, opt_state), jax.tree.map(lambda a, b: jnp.abs(a - b).max(), here, params)
+
+    away = jax.tree.map(lambda x: x + 1.0, params)
+    _, gaps = jax.lax.scan(step, (away, tx.init(params)), None, 200)
+    for gap in jax.tree.leaves(gaps):
+        assert gap[-1] < 1e-6
+        assert (jnp.diff(gap) <= 1e-15).all()
+
+
+def test_a_score_does_not_depend_on_what_comes_later(params, documents):
+    document = one(documents)
+    before = evaluated(sgd_towards_start, params, document, 0.5).losses
+    for s in range(5):
+        changed = {**document, "y": document["y"].at[s].add(1.0)}
+        after = evaluated(sgd_towards_start, params, changed, 0.5).losses
+        assert (before[:s] == after[:s]).all()
+        assert (before[s:] != after[s:]).all()
+
+
+def test_documents_side_by_side_are_each_what_they_are_alone(params, documents):
+    together = jax.jit(
+        jax.vmap(
+            lambda document: dynamic_evaluation(plain(network), optax.adam(0.1), params, document)
+        )
+    )
+    with jax.numpy_dtype_promotion("standard"):  # Optax's Adam does not bear the strict one.
+        found = together(documents)
+        for i in range(2):
+            alone = evaluated(optax.adam, params, one(documents, i), 0.1)
+            np.testing.assert_allclose(found.losses[i], alone.losses, atol=1e-13)
+            for a, b in zip(*map(jax.tree.leaves, (found.params, alone.params)), strict=True):
+                np.testing.assert_allclose(a[i], b, atol=1e-13)
+
+
+def test_only_what_the_globs_name_learns(params, documents):
+    found = evaluated(sgd_towards_start, params, one(documents), 0.3, globs=("head",))
+    assert (found.params["body"]["w"] == params["body"]["w"]).all()
+    assert (found.params["head"] != params["head"]).all()
+    sizes = jax.tree.map(jnp.ones_like, params)
+    rms = evaluated(
+        rms_towards_start, params, one(documents), 0.3, 0.0, sizes, 0.0, globs=("head",)
+    )
+    assert relative_error(rms.params, found.params) < 1e-14
+    with pytest.raises(ValueError, match="matches no leaf"):
+        evaluated(sgd_towards_start, params, one(documents), 0.3, globs=("tail",))
+
+
+def test_what_learns_needs_statistics_and_a_decay_has_a_range(params):
+    tx = rms_towards_start(0.1, 0.1, {"head": params["head"]})
+    with pytest.raises(ValueError, match="gradient statistics"):
+        tx.update(params, tx.init(params), params)
+    with pytest.raises(ValueError, match=r"decay=1.5 is not in \[0, 1\]"):
+        sgd_towards_start(0.1, 1.5)
+    with pytest.raises(ValueError, match="at least one batch"):
+        gradient_statistics(network, params, [])
+
+
+def test_statistics_are_root_mean_squares_over_batches(params, documents):
+    batches = [jax.tree.map(lambda x, s=s: x[0, s], documents) for s in range(5)]
+    found = gradient_statistics(network, params, batches)
+    each = [jax.grad(lambda p, b: network(p, b)[0])(params, batch) for batch in batches]
+    expected = jax.tree.map(lambda *g: np.sqrt(np.mean(np.square(np.stack(g)), 0)), *each)
+    assert relative_error(found, expected) < 1e-14
+
+
+def test_meta_training_it_is_the_online_objective(params, documents):
+    """The start and a rate for each part are learned through the updates, exactly."""
+    meta = {"start": params, "rates": {"body": jnp.asarray(0.3), "head": jnp.asarray(0.1)}}
+
+    def loss(fast, meta, batch, key):
+        return network(fast, batch)
+
+    def optimizer(meta):
+        rates = meta["rates"]
+        tx = {name: optax.sgd(rate) for name, rate in rates.items()}
+        return optax.transforms.partition(tx, {"body": "body", "head": "head"})
+
+    problem = Problem(loss, loss, optimizer, init=lambda meta, key: meta["start"])
+    episode = Episode(Steps(one(documents)))
+    mg = jmeta.mixed_mode(problem, steps=5, objective=jmeta.online)
+    grads, _, info = jax.jit(lambda meta: mg.estimate(meta, (), episode, None))(meta)
+
+    def scored(meta):
+        return dynamic_evaluation(
+            plain(network), optimizer(meta), meta["start"], one(documents)
+        ).losses
+
+    assert relative_error(info.inner_losses, jax.jit(scored)(meta)) < 1e-13
+    slopes = central_differences(lambda meta: scored(meta).mean(), meta)
+    assert relative_error(grads, slopes) < 1e-8
+
+
+def test_a_decoder_with_its_cache_carried_over():
+    """Without learning, segments with the cache are the document as a whole; the cache is cut."""
+    config = transformer.TransformerConfig(vocab=13, width=8, layers=2, heads=2, max_len=12)
+    with jax.enable_x64(True):
+        params = transformer.init(config, jax.random.key(0))
+        params = jax.tree.map(
+            lambda x: x + 0.3 * jnp.sin(jnp.arange(x.size * 1.0)).reshape(x.shape), params
+        )
+        tokens = jax.random.randint(jax.random.key(1), (13,), 0, 13)
+        segments = {"tokens": tokens[:12].reshape(3, 4), "labels": tokens[1:].reshape(3, 4)}
+
+        def loss(params, cache, segment):
+            states, cache = decoding.extend(config, params, cache, segment["tokens"][None])
+            rows = params["embed"]["tokens"][segment["labels"]][None]
+            value, _ = heads.token_loss(
+                states, params["embed"]["tokens"], rows, jnp.ones((1, 4)), None
+            )
+            return value, (cache, {})
+
+        def run(tx):
+            cache = decoding.init_cache(config, params, 1)
+            return dynamic_evaluation(loss, tx, params, segments, cache)
+
+        found = jax.jit(lambda: run(optax.sgd(0.0)).losses)()
+        scores = jax.nn.log_softmax(transformer.logits(config, params, tokens[:12]))
+        expected = -scores[jnp.arange(12), tokens[1:]].reshape(3, 4).mean(1)
+        np.testing.assert_allclose(found, expected, atol=1e-12)
+        moved = jax.jit(lambda: run(optax.sgd(0.1)))()
+        assert int(moved.carry.length) == 12
+        assert float(moved.losses[0]) == pytest.approx(float(found[0]), abs=1e-13)
+        assert (moved.losses[1:] != found[1:]).all()

@@ -1,0 +1,71 @@
+"""Reading token by token or in parts gives the states of whole sequences, and their gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jmeta.models import decoding, gpt2, transformer
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def model(kind):
+    shape = {"vocab": 13, "width": 8, "layers": 2, "heads": 2, "max_len": 10}
+    if kind == "gpt2":
+        config, init = gpt2.GPT2Config(**shape), gpt2.init
+    else:
+        config, init = transformer.TransformerConfig(**shape), transformer.init
+    params = init(config, jax.random.key(0))
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return config, jax.tree.unflatten(structure, noisy)
+
+
+def whole(config, params, tokens):
+    if isinstance(config, gpt2.GPT2Config):
+        return gpt2.hidden(config, params, {"tokens": tokens})
+    return transformer.hidden(config, params, tokens)
+
+
+@pytest.mark.parametrize("kind", ["transformer", "gpt2"])
+@pytest.mark.parametrize("parts", [[1] * 7, [3, 1, 3], [7]])
+def test_parts_of_a_sequence_give_its_states(kind, parts):
+    config, params = model(kind)
+    tokens = jax.random.randint(jax.random.key(2), (3, 7), 0, 13)
+    cache, outs, first = decoding.init_cache(config, params, 3, room=8), [], 0
+    extend = jax.jit(functools.partial(decoding.extend, config))
+    for part in parts:
+        out, cache = extend(params, cache, tokens[:, first : first + part])
+        outs, first = [*outs, out], first + part
+    expected = jax.jit(functools.partial(whole, config))(params, tokens)
+    np.testing.assert_allclose(jnp.concatenate(outs, 1), expected, atol=1e-12)
+    assert int(cache.length) == 7
+
+
+def test_gradients_through_the_cache_are_those_of_the_whole():
+    config, params = model("gpt2")
+    tokens = jax.random.randint(jax.random.key(2), (1, 6), 0, 13)
+
+    def by_parts(params):
+        cache, total = decoding.init_cache(config, params, 1), 0.0
+        for first in (0, 3):
+            out, cache = decoding.extend(config, params, cache, tokens[:, first : first + 3])
+            total = total + jnp.sin(out).sum()
+        return total
+
+    found = jax.jit(jax.grad(by_parts))(params)
+    expected = jax.jit(jax.grad(lambda p: jnp.sin(whole(config, p, tokens)).sum()))(params)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-11)
+
+
+def test_what_cannot_be_read_token_by_token_is_refused():
+    config, params = model("transformer")
+    with pytest.raises(ValueError, match="causal=True"):
+        decoding.init_cache(config._replace(causal=False), params, 1)
+    with pytest.raises(ValueError, match="10 positions"):
+        decoding.init_cache(config, params, 1, room=11)
