@@ -1,6 +1,6 @@
-"""Decoders that keep their keys and values: a few tokens at a time, at the cost of these tokens.
+"""Decoders that keep all keys and values, written in place: for generating, many texts at a time.
 
-For ``transformer`` (causal) and ``gpt2``; the numbers are those of whole sequences.
+``cached`` reads one text with a past that slides, and hands out the states it keeps.
 """
 
 from __future__ import annotations
@@ -100,6 +100,7 @@ def extend(
     x = rows + jnp.take(params["embed"]["positions"], places, axis=0, mode="clip")[None]
     x = x.astype(config.dtype or x.dtype)
     allowed = jnp.arange(room, dtype=jnp.int32)[None, :] <= places[:, None]
+    allowed = allowed[None, None]
     # Layers are looped over, each with arrays of its own: written in place inside a scan.
     layers = [
         jax.tree.map(lambda leaf, i=i: leaf[i], stack)
@@ -109,28 +110,11 @@ def extend(
     keys, values = list(cache.keys), list(cache.values)
     for i, layer in enumerate(layers):
         normal = blocks.layer_norm(x, layer["ln1"], config.eps)
-        q, k, v = _heads(config, layer["attn"], normal)
+        q, k, v = blocks.project(config, layer["attn"], normal)
         keys[i] = jax.lax.dynamic_update_slice_in_dim(keys[i], k, cache.length, axis=2)
         values[i] = jax.lax.dynamic_update_slice_in_dim(values[i], v, cache.length, axis=2)
-        scores = jnp.einsum(
-            "bhqd,bhkd->bhqk",
-            q * q.shape[-1] ** -0.5,
-            keys[i],
-            preferred_element_type=blocks.accumulate(x.dtype),
-        )
-        seen = blocks.masked_softmax(scores, allowed[None, None]).astype(x.dtype)
-        mixed = jnp.einsum("bhqk,bhkd->bqhd", seen, values[i]).reshape(x.shape)
-        x = x + blocks.linear(mixed, layer["attn"]["out"])
+        x = x + blocks.mix(config, layer["attn"], q, keys[i], values[i], allowed)
         normal = blocks.layer_norm(x, layer["ln2"], config.eps)
         x = x + blocks.feed_forward(config, layer["mlp"], normal)
     states = blocks.layer_norm(x, params["ln_f"], config.eps)
     return states, Cache(tuple(keys), tuple(values), cache.length + time)
-
-
-def _heads(config: blocks.BlockConfig, weights: Params, x: Array) -> tuple[Array, Array, Array]:
-    """Queries, keys and values, each ``[batch, heads, time, width / heads]``."""
-    batch, time, width = x.shape
-    joined = blocks.linear(x, weights["qkv"])
-    joined = joined.reshape(batch, time, 3, config.heads, width // config.heads)
-    q, k, v = jnp.transpose(joined, (2, 0, 3, 1, 4))
-    return q, k, v
