@@ -1,6 +1,7 @@
 """Published methods, one file each, named as their papers name them."""
 
 from jmeta.methods.anil import anil, learned_body
+from jmeta.methods.bandits import exp3, ucb
 from jmeta.methods.baselines import Baseline, leave_one_out, moving_average, no_baseline
 from jmeta.methods.cavia import cavia, learned_context
 from jmeta.methods.collapse import has_collapsed, monitors, panels
@@ -26,10 +27,36 @@ from jmeta.methods.knn_lm import (
     knn_log_likelihood,
     nearest,
 )
+from jmeta.methods.learned_mixture import (
+    Mixture,
+    learned_mixture,
+    mixture_gradients,
+    mixture_problem,
+)
 from jmeta.methods.maml import fomaml, learned_start, maml, reptile
 from jmeta.methods.maml_plus_plus import annealed, maml_plus_plus, maml_plus_plus_init
 from jmeta.methods.meta_pseudo_labels import labelled_auxiliary, meta_pseudo_labels
 from jmeta.methods.meta_sgd import learned_rates, meta_sgd, meta_sgd_init
+from jmeta.methods.objective_sampler import (
+    Sampler,
+    SamplerState,
+    Window,
+    draw_objective,
+    mometas,
+    mometas_gradient,
+    own_credit,
+    relative_improvement,
+    sampler,
+    shared_credit,
+)
+from jmeta.methods.objective_training import (
+    Objective,
+    fresh_losses,
+    objective_loss,
+    one_of,
+    paired_losses,
+    sampled_training,
+)
 from jmeta.methods.populations import population, restarting
 from jmeta.methods.rewriting import (
     Rewriting,
@@ -42,6 +69,13 @@ from jmeta.methods.rewriting import (
     straight_through,
     unevaluated,
     without,
+)
+from jmeta.methods.rule_samplers import (
+    annealed_mix,
+    fixed_mix,
+    loss_proportional,
+    round_robin,
+    uniform_mix,
 )
 from jmeta.methods.schedules import inverse_sqrt
 from jmeta.methods.students import Student, TeacherState, direct_grad, fine_tuned
@@ -78,14 +112,20 @@ __all__ = [
     "HiddenStateOptimizer",
     "HiddenStates",
     "Labels",
+    "Mixture",
     "Neighbours",
+    "Objective",
     "Rewriting",
+    "Sampler",
+    "SamplerState",
     "Student",
     "TaskEmbedding",
     "TeacherState",
+    "Window",
     "activation_penalty",
     "anil",
     "annealed",
+    "annealed_mix",
     "cached_features",
     "cavia",
     "check_teacher",
@@ -97,12 +137,16 @@ __all__ = [
     "diversity",
     "dps",
     "dps_mix",
+    "draw_objective",
     "dynamic_evaluation",
+    "exp3",
     "expected",
     "fine_tuned",
     "fisher",
     "fit_head",
+    "fixed_mix",
     "fomaml",
+    "fresh_losses",
     "gradient_statistics",
     "gumbel_softmax",
     "hard_teacher",
@@ -119,10 +163,12 @@ __all__ = [
     "labelled_auxiliary",
     "learned_body",
     "learned_context",
+    "learned_mixture",
     "learned_rates",
     "learned_start",
     "leave_one_out",
     "load_embeddings",
+    "loss_proportional",
     "maml",
     "maml_plus_plus",
     "maml_plus_plus_init",
@@ -130,23 +176,36 @@ __all__ = [
     "meta_pseudo_labels",
     "meta_sgd",
     "meta_sgd_init",
+    "mixture_gradients",
+    "mixture_problem",
     "mlm_auxiliary",
+    "mometas",
+    "mometas_gradient",
     "monitors",
     "moving_average",
     "nearest",
     "no_baseline",
+    "objective_loss",
+    "one_of",
+    "own_credit",
+    "paired_losses",
     "panels",
     "per_example",
     "population",
     "pre_training",
     "proximal_start",
+    "relative_improvement",
     "reptile",
     "restarting",
     "rms_towards_start",
+    "round_robin",
     "row_average",
     "sampled",
+    "sampled_training",
+    "sampler",
     "save_embeddings",
     "sgd_towards_start",
+    "shared_credit",
     "soft_teacher",
     "straight_through",
     "summed",
@@ -154,7 +213,9 @@ __all__ = [
     "task2vec",
     "token_weights",
     "two_head_loss",
+    "ucb",
     "unevaluated",
+    "uniform_mix",
     "variational_precision",
     "weight_head",
     "weight_slopes",

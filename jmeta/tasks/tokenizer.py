@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -251,16 +251,6 @@ def unified(tokenizer: Any) -> Unified:
     copy.add_special_tokens([AddedToken(name, special=True) for name in added])
     found = {name: _first(copy, (*names, name)) for name, names in candidates.items()}
     ids = {name: identity for name, identity in found.items() if identity is not None}
-    special = set(ids.values()) | {
-        identity for identity, token in copy.get_added_tokens_decoder().items() if token.special
-    }
-    named = [*_UNKNOWN, *(name for names in _ROLES.values() for name in names)]
-    special |= {copy.token_to_id(name) for name in named}
-    ordinary = [
-        identity
-        for token, identity in copy.get_vocab().items()
-        if identity not in special and not re.fullmatch(r"\[unused\d+\]", token)
-    ]
     return Unified(
         tokenizer=copy,
         size=_size(copy),
@@ -268,10 +258,39 @@ def unified(tokenizer: Any) -> Unified:
         mask=ids["[MASK]"],
         sep=ids["[SEP]"],
         cls=tuple(ids[f"[CLS{k}]"] for k in range(TASKS)),
-        ordinary=np.sort(np.asarray(ordinary, np.int32)),
+        ordinary=ordinary_ids(copy, set(ids.values())),
         added=added,
         fingerprint=_fingerprint(copy),
     )
+
+
+def ordinary_ids(tokenizer: Tokenizer, special: Collection[int]) -> np.ndarray:
+    """The ids of a tokeniser that are no special token, int32, sorted.
+
+    Args:
+        tokenizer: any tokeniser of the ``tokenizers`` library.
+        special: ids that are special, beside those that the tokeniser itself says are, what has
+            the name of a special token, and BERT's ``[unusedk]``.
+
+    Returns:
+        The ids.
+
+    Example:
+        >>> len(ordinary_ids(train_bpe(["a"], 261), [])), ordinary_ids(train_bpe(["a"], 261), [])[0]
+        (256, np.int32(5))
+    """
+    named = [*_UNKNOWN, *(name for names in _ROLES.values() for name in names)]
+    skipped = {
+        *special,
+        *(at for at, token in tokenizer.get_added_tokens_decoder().items() if token.special),
+        *(tokenizer.token_to_id(name) for name in named),
+    }
+    ordinary = [
+        identity
+        for token, identity in tokenizer.get_vocab().items()
+        if identity not in skipped and not re.fullmatch(r"\[unused\d+\]", token)
+    ]
+    return np.sort(np.asarray(ordinary, np.int32))
 
 
 def token_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
