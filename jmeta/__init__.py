@@ -17,6 +17,7 @@ from jmeta.core.estimators.implicit import cg, identity, implicit, neumann, prox
 from jmeta.core.estimators.reptile import reptile
 from jmeta.core.estimators.unrolled import first_order, mixed_mode, truncated, unrolled
 from jmeta.core.inner import final, inner_loop, multi_step, online, start
+from jmeta.core.kept import keep_products
 from jmeta.core.over_tasks import over_tasks
 from jmeta.core.tree import merge, partition
 from jmeta.core.types import Episode, Info, MetaGradient, Problem, Steps
@@ -46,6 +47,7 @@ __all__ = [
     "identity",
     "implicit",
     "inner_loop",
+    "keep_products",
     "merge",
     "meta_trainer",
     "methods",

@@ -6,15 +6,17 @@ the derivative of ``grads`` is.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias, cast, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import core as jex
 
+from jmeta.core.kept import Policy, linearised
 from jmeta.core.tracing import contains, dense, is_primal, variables_read
 from jmeta.core.trajectory import scan_from_carries
 from jmeta.core.tree import names
@@ -66,10 +68,10 @@ def stopped_grad(loss: LossFn) -> InnerGradFn:
         >>> float(jax.grad(lambda x: stopped_grad(cube)(x, None, None, None)[2])(2.0))
         0.0
     """
-    return _with_rule(loss, _value_only)
+    return _with_rule(loss, _Rule(_forget, _value_only))
 
 
-def mixed_mode_grad(loss: LossFn) -> InnerGradFn:
+def mixed_mode_grad(loss: LossFn, keep: Policy | None = None) -> InnerGradFn:
     r"""The inner gradient, differentiated by forward mode over reverse mode; exact.
 
     The backward pass of an inner step needs only the vector-Jacobian product of the gradient, and
@@ -84,6 +86,8 @@ def mixed_mode_grad(loss: LossFn) -> InnerGradFn:
 
     Args:
         loss: ``(fast, meta, batch, key) -> (loss, aux)``; it may close over traced values.
+        keep: which values of the gradient are stored beside its inputs and not computed again, a
+            policy of ``jax.checkpoint`` such as ``keep_products(512)``; None: none.
 
     Returns:
         ``(fast, meta, batch, key) -> (loss, aux, grads)``, to be differentiated in reverse mode.
@@ -96,11 +100,36 @@ def mixed_mode_grad(loss: LossFn) -> InnerGradFn:
 
     Source: Kemaev et al., "Scalable Meta-Learning via Mixed-Mode Differentiation" (2025).
     """
-    return _with_rule(loss, _hessian_vector)
+    recomputing = _Rule(_forget, _hessian_vector)
+    return _with_rule(loss, recomputing if keep is None else _keeping(keep))
 
 
-def _with_rule(loss: LossFn, rule: Callable[..., tuple[Any, Any]]) -> InnerGradFn:
-    """An inner gradient whose derivative is a rule: what ``primitive`` below calls backward."""
+def is_mixed_mode(grad: GradTransform) -> bool:
+    """Whether a transform is ``mixed_mode_grad``, with values to keep or without."""
+    return getattr(grad, "func", grad) is mixed_mode_grad
+
+
+class _Rule(NamedTuple):
+    """The derivative of an inner gradient: what its forward pass keeps, and its backward pass.
+
+    Attributes:
+        forward: ``(value, weights, perturbed) -> (outputs or None, kept)``; the outputs are
+            ``(loss, aux, gradient)`` where they were computed on the way.
+        backward: ``(value, weights, perturbed, kept, value_bar, grads_bar) -> cotangents`` of
+            weights and perturbed.
+    """
+
+    forward: Callable[..., tuple[Any, Any]]
+    backward: Callable[..., tuple[Any, Any]]
+
+
+def _forget(value: Callable, weights: Any, perturbed: Any) -> tuple[None, tuple[()]]:
+    del value, weights, perturbed
+    return None, ()
+
+
+def _with_rule(loss: LossFn, rule: _Rule) -> InnerGradFn:
+    """An inner gradient whose derivative is a rule."""
 
     def value_and_grad(fast: PyTree, meta: PyTree, batch: PyTree, key: Key):
         # As a jaxpr the loss has no hidden inputs: what it closes over becomes an argument.
@@ -140,39 +169,82 @@ def _with_rule(loss: LossFn, rule: Callable[..., tuple[Any, Any]]) -> InnerGradF
     return value_and_grad
 
 
-def _hessian_vector(value: Callable, weights: Any, perturbed: Any, value_bar: Any, grads_bar: Any):
+def _hessian_vector(
+    value: Callable, weights: Any, perturbed: Any, kept: Any, value_bar: Any, grads_bar: Any
+):
     """Forward over reverse: one Jacobian-vector product of the gradient."""
+    del kept
     direction = [dense(bar, leaf) for bar, leaf in zip(grads_bar, weights, strict=True)]
-
-    def product(weights: Any, perturbed: Any, direction: Any):
-        gradients = lambda w: jax.grad(value, argnums=(0, 1))(w, perturbed)  # noqa: E731
-        return jax.jvp(gradients, (weights,), (direction,))
-
-    if contains(jax.make_jaxpr(value)(weights, perturbed), "custom_vjp_call") and contains(
-        jax.make_jaxpr(product)(weights, perturbed, direction), "custom_lin"
-    ):  # a custom_vjp whose forward rule calls the function itself has no jvp: reverse this step
-        both = lambda w, p: (value(w, p), jax.grad(value)(w, p))  # noqa: E731
+    if not _has_product(value, weights, perturbed):  # reverse this step
+        both = lambda w, p: (value(w, p)[0], jax.grad(value, has_aux=True)(w, p)[0])  # noqa: E731
         (loss, _), pull = jax.vjp(both, weights, perturbed)
         return pull((dense(value_bar, loss), direction))
-    first, second = product(weights, perturbed, direction)
+    return _scored(value_bar, *_product(value, weights, perturbed, direction))
+
+
+def _product(value: Callable, weights: Any, perturbed: Any, direction: Any):
+    """The gradient in all that is differentiated, and its derivative along the weights."""
+    gradients = lambda w: jax.grad(value, argnums=(0, 1), has_aux=True)(w, perturbed)[0]  # noqa: E731
+    return jax.jvp(gradients, (weights,), (direction,))
+
+
+def _has_product(value: Callable, weights: Any, perturbed: Any) -> bool:
+    """False for a custom_vjp whose forward rule calls the function itself: it has no jvp."""
+    if not contains(jax.make_jaxpr(value)(weights, perturbed), "custom_vjp_call"):
+        return True
+    traced = jax.make_jaxpr(functools.partial(_product, value))(weights, perturbed, weights)
+    return not contains(traced, "custom_lin")
+
+
+def _scored(value_bar: Any, first: Any, second: Any):
+    """Cotangents of gradient and loss together; the loss itself is scored by ``online`` alone."""
     if isinstance(value_bar, SymbolicZero):
         return second
-    # The loss itself is scored: ``online``.
     return jax.tree.map(lambda f, s: value_bar.astype(f.dtype) * f + s, first, second)
 
 
-def _value_only(value: Callable, weights: Any, perturbed: Any, value_bar: Any, grads_bar: Any):
+def _keeping(policy: Policy) -> _Rule:
+    """``_hessian_vector`` with the gradient's linearisation from the forward pass."""
+
+    def forward(value: Callable, weights: Any, perturbed: Any):
+        if not _has_product(value, weights, perturbed):
+            return None, None
+
+        def gradients(weights: Any):
+            (loss, aux), grads = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)(
+                weights, perturbed
+            )
+            return grads, (loss, aux)
+
+        first, linear, (loss, aux) = linearised(gradients, weights, policy)
+        return (loss, aux, first[0]), (linear, first)
+
+    def backward(
+        value: Callable, weights: Any, perturbed: Any, kept: Any, value_bar: Any, grads_bar: Any
+    ):
+        if kept is None:
+            return _hessian_vector(value, weights, perturbed, (), value_bar, grads_bar)
+        linear, first = kept
+        direction = [dense(bar, leaf) for bar, leaf in zip(grads_bar, weights, strict=True)]
+        return _scored(value_bar, first, linear(direction))
+
+    return _Rule(forward, backward)
+
+
+def _value_only(
+    value: Callable, weights: Any, perturbed: Any, kept: Any, value_bar: Any, grads_bar: Any
+):
     """The gradient is a constant; the loss is not."""
-    del grads_bar
+    del kept, grads_bar
     if isinstance(value_bar, SymbolicZero):
         return None, {}
-    first = jax.grad(value, argnums=(0, 1))(weights, perturbed)
+    first, _ = jax.grad(value, argnums=(0, 1), has_aux=True)(weights, perturbed)
     return jax.tree.map(lambda f: value_bar.astype(f.dtype) * f, first)
 
 
 def _primitive(
     flat_loss: Callable[[Sequence[Array], dict[int, Array]], tuple[Array, Any]],
-    rule: Callable[..., tuple[Any, Any]],
+    rule: _Rule,
     weights: list[Array],
     moving: dict[int, Array],
     static: dict[int, Any],
@@ -192,20 +264,24 @@ def _primitive(
         constant = {p: leaf.value for p, leaf in moving.items() if not leaf.perturbed}
         constant |= jax.tree.map(lambda leaf: leaf.value, static, is_leaf=is_primal)
         weights = [leaf.value for leaf in weights]
-        return inner_gradient(
-            weights,
-            {p: leaf.value for p, leaf in moving.items()},
-            {p: constant[p] for p in static},
-        ), (weights, perturbed, constant)
+        outputs, kept = rule.forward(value_given(constant), weights, perturbed)
+        if outputs is None:
+            outputs = inner_gradient(
+                weights,
+                {p: leaf.value for p, leaf in moving.items()},
+                {p: constant[p] for p in static},
+            )
+        return outputs, (weights, perturbed, constant, kept)
+
+    def value_given(constant):
+        return lambda weights, perturbed: flat_loss(weights, {**perturbed, **constant})
 
     def backward(residuals, cotangents):
-        weights, perturbed, constant = residuals
+        weights, perturbed, constant, kept = residuals
         value_bar, _, grads_bar = cotangents
-
-        def value(weights, perturbed):
-            return flat_loss(weights, {**perturbed, **constant})[0]
-
-        weights_bar, perturbed_bar = rule(value, weights, perturbed, value_bar, grads_bar)
+        weights_bar, perturbed_bar = rule.backward(
+            value_given(constant), weights, perturbed, kept, value_bar, grads_bar
+        )
         moving_bar = {p: perturbed_bar.get(p) for p in (*perturbed, *constant) if p in moving}
         return weights_bar, moving_bar, None
 

@@ -15,7 +15,7 @@ import optax
 from jmeta.core.autodiff import (
     GradTransform,
     Remat,
-    mixed_mode_grad,
+    is_mixed_mode,
     reverse_grad,
     scan_steps,
 )
@@ -315,7 +315,7 @@ def inner_loop(
     inner_grad = grad(checked(problem.inner_loss, "inner_loss"))
     outer_loss = checked(problem.outer_loss, "outer_loss")
     # Only mixed mode gains from a scalar rate inside the loss, and ``online`` scores the loss.
-    movable = grad is mixed_mode_grad and objective.name != "online"
+    movable = is_mixed_mode(grad) and objective.name != "online"
     scaled_grad = grad(scaled(checked(problem.inner_loss, "inner_loss")))
 
     def run(meta: PyTree, state: InnerState, episode: Episode, key: Key):

@@ -1,6 +1,8 @@
 """Inner gradients and their derivatives: three kinds, and the scans that carry them."""
 # ruff: noqa: E731
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -292,21 +294,25 @@ def test_mixed_mode_equals_reverse_whatever_the_loss_is_made_of(name):
     }
     batch = {"x": jax.random.normal(jax.random.key(1), (6, 4))}
 
+    keeping = functools.partial(jmeta.mixed_mode, keep=jmeta.keep_products(at_least=4))
+
     @jax.jit
     def both(meta, episode):
         return [
             make(problem, 3).estimate(meta, (), episode, None)[0]
-            for make in (jmeta.unrolled, jmeta.mixed_mode)
+            for make in (jmeta.unrolled, jmeta.mixed_mode, keeping)
         ]
 
-    exact, mixed = both(meta, Episode(batch, batch))
+    exact, mixed, kept = both(meta, Episode(batch, batch))
     assert relative_error(mixed, exact) < 1e-12
+    assert relative_error(kept, exact) < 1e-12
 
 
-def test_mixed_mode_under_vmap_equals_one_at_a_time():
+@pytest.mark.parametrize("keep", [None, jmeta.keep_products()])
+def test_mixed_mode_under_vmap_equals_one_at_a_time(keep):
     loss = layered(scanned)
     problem = Problem(loss, loss, lambda m: optax.sgd(0.2), init=lambda m, key: m["net"])
-    mg = jmeta.mixed_mode(problem, 2)
+    mg = jmeta.mixed_mode(problem, 2, keep=keep)
     net = {"layers": jax.random.normal(jax.random.key(0), (2, 3, 4, 4))}
     metas = {"net": net, "decay": jnp.asarray([0.1, 0.2])}
     x = jax.random.normal(jax.random.key(1), (2, 6, 4))
@@ -329,6 +335,40 @@ def test_third_order_through_mixed_mode_equals_reverse():
         return jax.jit(jax.grad(value))(meta)
 
     assert relative_error(along(jmeta.mixed_mode), along(jmeta.unrolled)) < 1e-11
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_kept_values_serve_a_scored_loss_and_an_adaptive_optimizer(shared):
+    loss = layered(scanned)
+    problem = Problem(
+        loss,
+        loss if shared else lambda *args: loss(*args),
+        lambda m: jmeta.optim.adam(jnp.exp(m["rate"])),
+        init=lambda m, key: m["net"],
+    )
+    meta = {
+        "net": {"layers": jax.random.normal(jax.random.key(0), (3, 4, 4))},
+        "decay": jnp.asarray(0.1),
+        "rate": jnp.asarray(-3.0),
+    }
+    chunks = Episode(Steps({"x": jax.random.normal(jax.random.key(1), (3, 6, 4))}))
+    exact, kept = (
+        mg.estimate(meta, (), chunks, None)[0]
+        for mg in (
+            jmeta.unrolled(problem, 3, objective=jmeta.online),
+            jmeta.mixed_mode(problem, 3, objective=jmeta.online, keep=jmeta.keep_products()),
+        )
+    )
+    assert relative_error(kept, exact) < 1e-11
+
+
+def test_what_is_kept_is_not_what_a_remat_computes_again():
+    loss = layered(scanned)
+    problem = Problem(loss, loss, lambda m: optax.sgd(0.2), init=lambda m, key: m["net"])
+    with pytest.raises(ValueError, match=r'keep= stores.*remat="none"'):
+        jmeta.mixed_mode(problem, 3, remat="step", keep=jmeta.keep_products())
+    with pytest.raises(ValueError, match="at least one entry"):
+        jmeta.keep_products(at_least=0)
 
 
 def test_mixed_mode_may_stand_inside_a_users_own_derivatives():

@@ -81,6 +81,25 @@ def test_mixed_mode_needs_less_memory_than_reverse():
     assert mixed < stepwise
 
 
+def test_kept_products_are_not_multiplied_again():
+    # Of the eleven products of a weight in a step (three of them forwards, eight backwards) two
+    # are repetitions: the activations and their cotangents. Kept, they cost what they weigh.
+    problem, meta, episode = network(width=32, batch=128)
+    steps, layers = 8, 2
+    plain = jmeta.mixed_mode(problem, steps)
+    kept = jmeta.mixed_mode(problem, steps, keep=jmeta.keep_products())
+    work = {
+        mg: flops(jax.make_jaxpr(lambda m, mg=mg: mg.estimate(m, (), episode, None)[0])(meta))
+        for mg in (plain, kept)
+    }
+    product = 2 * 128 * 32 * 32
+    # The cotangent of the input is never computed: of two layers one goes backwards.
+    saved = steps * product * (layers + layers - 1)
+    assert work[plain] - work[kept] == pytest.approx(saved, rel=0.1)
+    held = steps * (layers + layers - 1) * 128 * 32 * 4
+    assert temp(kept, meta, episode) - temp(plain, meta, episode) <= 1.3 * held
+
+
 def test_mixed_mode_memory_grows_by_the_fast_weights_and_nested_by_less():
     problem, meta, episode = network()
     size = fast_bytes(problem, meta)
