@@ -14,6 +14,7 @@ from jmeta.methods.dynamic_evaluation import (
     sgd_towards_start,
 )
 from jmeta.methods.fast_weights import FastWeights
+from jmeta.methods.file_adaptation import first_order_tssa, tssa
 from jmeta.methods.fisher import Labels, fisher, per_example, row_average, sampled, summed, tapped
 from jmeta.methods.hidden_states import HiddenStateOptimizer, HiddenStates, hidden_states
 from jmeta.methods.imaml import imaml, proximal_start
@@ -142,6 +143,7 @@ __all__ = [
     "exp3",
     "expected",
     "fine_tuned",
+    "first_order_tssa",
     "fisher",
     "fit_head",
     "fixed_mix",
@@ -212,6 +214,7 @@ __all__ = [
     "tapped",
     "task2vec",
     "token_weights",
+    "tssa",
     "two_head_loss",
     "ucb",
     "unevaluated",
