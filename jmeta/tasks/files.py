@@ -183,22 +183,22 @@ def holes(
         )
 
     def sample(seed: int, step: int) -> Episode:
-        rng = np.random.default_rng([seed, step])
+        # Holes and windows are drawn apart: the holes are the same however windows are chosen.
+        rng, choosing = (np.random.default_rng([seed, step, part]) for part in (0, 1))
         support = np.zeros((tasks, count, window), np.int32)
         query = np.zeros((tasks, window), np.int32)
         earlier = np.zeros((tasks, long_context or 0), np.int32)
-        chosen, places = rng.choice(long, tasks), np.zeros(tasks, np.int32)
-        for task, file in enumerate(chosen):
+        chosen = rng.choice(long, tasks)
+        places = rng.integers(before - size, lengths[chosen] - size + 1).astype(np.int32)
+        for task, (file, hole) in enumerate(zip(chosen, places.tolist(), strict=True)):
             text = source.tokens[source.bounds[file] : source.bounds[file + 1]]
-            hole = int(rng.integers(before - size, len(text) - size + 1))
             starts = support_windows(
-                text, hole, source.rarity, rng,
+                text, hole, source.rarity, choosing,
                 size=size, window=window, count=count, choose=choose, side=side,
             )  # fmt: skip
             support[task] = text[starts[:, None] + np.arange(window)]
             query[task] = text[hole + size - window : hole + size]
             earlier[task] = text[hole + size - earlier.shape[1] : hole + size]
-            places[task] = hole
         weights = np.zeros((tasks, window), np.float32)
         weights[:, window - size :] = 1
         asked = {

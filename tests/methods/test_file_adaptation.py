@@ -62,6 +62,8 @@ def test_no_window_holds_a_token_of_the_hole_or_of_another_file(
     again = make()(seed, 0)
     for a, b in zip(jax.tree.leaves(episode), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
+    other = make(choose="uniform")(seed, 0)  # the same holes, with other windows
+    np.testing.assert_array_equal(other.query["tokens"], episode.query["tokens"])
     for i in range(3):
         query, support = episode.query["tokens"][i], episode.support.batches["tokens"][i]
         file = episode.query["file"][i]

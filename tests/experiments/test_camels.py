@@ -1,0 +1,128 @@
+"""The CaMeLS experiment: a whole run of the smoke preset, its data and its choices."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from experiments import _camels_data as reading
+from experiments import camels
+from jmeta.data.sources import DataUnavailable
+from jmeta.runtime.report import read_results
+from jmeta.tasks.bpe import SEP
+
+CONFIG = camels.PRESETS["smoke"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "camels"
+    camels.main(["--preset", "smoke", "--out", str(out)])
+    return out
+
+
+@pytest.fixture(scope="module")
+def data():
+    return reading.load(CONFIG)
+
+
+def test_a_run_leaves_everything_the_contract_names(run):
+    for name in ("config.yaml", "run.json", "metrics.jsonl", "report.html", "differences.png",
+                 "learning.svg"):  # fmt: skip
+        assert (run / name).stat().st_size > 0, name
+    methods = {json.loads(line)["method"] for line in (run / "metrics.jsonl").open()}
+    assert methods == {f"{name}, seed {s}" for name in ("base", "camels") for s in (0, 1)}
+
+
+def test_every_method_is_paired_with_uniform(run):
+    results = read_results(run)
+    every = {camels.LEARNED, camels.UNIFORM, camels.NONE, *reading.RULES}
+    for metric in (camels.LOSS, camels.MOVED, camels.EXACT, camels.F1):
+        found = {r["method"]: r for r in results["summary"] if r["metric"] == metric}
+        assert set(found) == every
+        by = {
+            (r["method"], r["seed"]): r["value"] for r in results["rows"] if r["metric"] == metric
+        }
+        for name in every - {camels.UNIFORM}:
+            gap = np.mean([by[name, s] - by[camels.UNIFORM, s] for s in (0, 1)])
+            assert found[name]["paired_difference"] == pytest.approx(gap)
+    moved = {r["method"]: r["mean"] for r in results["summary"] if r["metric"] == camels.MOVED}
+    assert moved.pop(camels.NONE) == 0
+    assert min(moved.values()) > 0
+
+
+def test_documents_hold_the_answers_and_parts_share_none(data):
+    decode = lambda ids: data.words.tokenizer.decode(ids.tolist())  # noqa: E731
+    for part in data.parts.values():
+        for i, golds in enumerate(part.golds):
+            row, answer = part.questions[i], part.answers[i] > 0
+            said = row[answer]
+            assert answer[part.prompts[i]]
+            assert not answer[: part.prompts[i]].any()
+            assert decode(row[: part.prompts[i]]).rstrip().endswith("A:")
+            assert said[-1] == SEP or len(said) == CONFIG.longest_answer
+            whole = decode(part.documents[i][part.documents[i] > 0])
+            assert golds[0] in whole or CONFIG.length < len(part.documents[i])
+            held = part.documents[i][part.rules["the answer alone"][i] > 0]
+            assert golds[0] in decode(held)
+            assert (part.kinds[i] > 0).sum() == (part.documents[i] > 0).sum()
+    texts = [{row.tobytes() for row in part.documents} for part in data.parts.values()]
+    assert sum(map(len, texts)) == len(set.union(*texts))
+
+
+def test_streams_are_the_same_for_all_and_of_different_documents(data):
+    rows, kept = reading.streams(CONFIG, data, "test", 4, 0)
+    again, _ = reading.streams(CONFIG, data, "test", 4, 0)
+    np.testing.assert_array_equal(rows, again)
+    assert rows.shape == (4, CONFIG.stream)
+    assert kept.shape == (4, CONFIG.locality_documents)
+    assert all(len(set(row)) == CONFIG.stream for row in rows.tolist())
+    assert len(set(rows.ravel())) == rows.size  # no document twice while there are others
+
+
+@pytest.mark.parametrize(
+    ("gap", "word"), [(-0.1, "beat"), (0.1, "are worse"), (0.0, "are not told apart")]
+)
+def test_the_verdict_is_the_intervals(gap, word):
+    noise = (0.01, -0.01, 0.0)
+    rows = [
+        {"method": name, "seed": seed, "metric": camels.LOSS,
+         "value": 2 + better + noise[seed] * (name == camels.LEARNED)}
+        for name, better in ((camels.UNIFORM, 0.0), (camels.LEARNED, gap))
+        for seed in range(3)
+    ]  # fmt: skip
+    assert word in camels.verdict(camels.summarise(rows, baseline=camels.UNIFORM))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"documents": (9, 9, 9)}, "four numbers"),
+        ({"stream": 17}, "at least stream=17"),
+        ({"longest_answer": 40}, "leaves no room"),
+    ],
+)
+def test_settings_without_a_meaning_are_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(CONFIG, **change)
+
+
+def test_what_is_missing_says_what_to_do(monkeypatch):
+    monkeypatch.delenv("JMETA_DATA", raising=False)
+    with pytest.raises(DataUnavailable, match="JMETA_DATA"):
+        reading.read(dataclasses.replace(CONFIG, source="squad"))
+
+
+def test_squad_is_split_by_document(jmeta_data):
+    config = dataclasses.replace(CONFIG, source="squad", documents=(30, 20, 10, 10))
+    found = reading.read(config)
+    contexts = [q.context for part in found.values() for q in part]
+    assert len(set(contexts)) == len(contexts) == 70
+    with pytest.raises(ValueError, match="asks for 90020"):
+        reading.read(dataclasses.replace(config, documents=(90000, 10, 10, 10)))
+
+
+def test_a_second_run_in_the_same_folder_is_refused(run):
+    with pytest.raises(SystemExit, match="add --resume"):
+        camels.main(["--preset", "smoke", "--out", str(run)])
