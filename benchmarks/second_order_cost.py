@@ -147,7 +147,9 @@ def cells(config: Config, steps: int) -> list[Cell]:
         return decoder(steps, variant, small=config.small)
 
     looped, scanned = lm("unroll/none"), lm("scan/none")
-    dots, full = lm("scan/dots"), lm("scan/full")
+    dots, hidden, full = lm("scan/dots"), lm("scan/hidden"), lm("scan/full")
+    # Products over three widths and more: those that cost most for each float that is kept.
+    long = jmeta.keep_products(3 * looped.meta["ln_f"]["scale"].size)
     # SGD's update is linear in the gradient: the "step" remat keeps the weights alone, for nothing.
     return [
         Cell("first_order", jmeta.first_order(looped.problem, steps), looped),
@@ -160,6 +162,10 @@ def cells(config: Config, steps: int) -> list[Cell]:
             jmeta.mixed_mode(full.problem, steps, remat="step"),
             full,
         ),
+        Cell(
+            "mixed_mode, products kept", jmeta.mixed_mode(looped.problem, steps, keep=long), looped
+        ),
+        Cell("mixed_mode, nested", jmeta.mixed_mode(hidden.problem, steps, remat="nested"), hidden),
         Cell("unrolled", jmeta.unrolled(scanned.problem, steps), scanned),
         Cell("unrolled, layers looped", jmeta.unrolled(looped.problem, steps), looped),
         Cell("unrolled, step remat", jmeta.unrolled(full.problem, steps, remat="step"), full),

@@ -300,7 +300,8 @@ def scan_steps(
 
     ``"none"`` stores every step's residuals; ``"step"`` stores the carries between steps and
     recomputes each step; ``"nested"`` stores the carry of every block of about :math:`\sqrt{T}`
-    steps and recomputes a block at a time, so that memory grows as :math:`O(\sqrt T)`.
+    steps and recomputes those within a block at a time, so that memory grows as
+    :math:`O(\sqrt T)` for at most one more forward pass.
 
     Args:
         step: ``(carry, x) -> (carry, y)``.
@@ -335,23 +336,20 @@ def scan_steps(
         return jax.lax.scan(step, carry, xs, length=length)
     if remat == "step" or length < 4:
         return scan_from_carries(step, carry, xs, length)
-    # Inside a scan nothing can be merged across the recomputation, so no barrier is needed.
-    step = jax.checkpoint(step, prevent_cse=False)
     size = block_length(length)
     count = length // size
     whole = count * size
 
     def block(carry: PyTree, xs: PyTree) -> tuple[PyTree, PyTree]:
-        return jax.lax.scan(step, carry, xs, length=size)
+        return scan_from_carries(step, carry, xs, size, rerun=True)
 
     blocks = jax.tree.map(lambda x: x[:whole].reshape(count, size, *x.shape[1:]), xs)
-    carry, ys = jax.lax.scan(jax.checkpoint(block, prevent_cse=False), carry, blocks, length=count)
+    carry, ys = scan_from_carries(block, carry, blocks, count)
     ys = jax.tree.map(lambda y: y.reshape(whole, *y.shape[2:]), ys)
     if whole < length:  # a prime number of steps: the last few are a shorter block
-        carry, tail = jax.lax.scan(
-            step, carry, jax.tree.map(lambda x: x[whole:], xs), length=length - whole
-        )
-        ys = jax.tree.map(lambda y, t: jnp.concatenate([y, t]), ys, tail)
+        tail = jax.tree.map(lambda x: x[whole:], xs)
+        carry, more = scan_from_carries(step, carry, tail, length - whole)
+        ys = jax.tree.map(lambda y, m: jnp.concatenate([y, m]), ys, more)
     return carry, ys
 
 

@@ -24,6 +24,8 @@ def scan_from_carries(
     carry: PyTree,
     xs: PyTree,
     length: int,
+    *,
+    rerun: bool = False,
 ) -> tuple[PyTree, PyTree]:
     r"""``jax.lax.scan`` that keeps :math:`T - 1` carries and reruns each step from its own.
 
@@ -41,6 +43,8 @@ def scan_from_carries(
         carry: the initial carry.
         xs: a pytree of arrays ``[length, ...]``, or None.
         length: number of steps, at least one.
+        rerun: whether a backward pass runs this scan again, as the step of another one. Nobody
+            then reads what its last step returns, which is kept out of the loop and so dropped.
 
     Returns:
         The last carry and the stacked outputs ``[length, ...]``, to be differentiated in reverse
@@ -69,7 +73,7 @@ def scan_from_carries(
     inputs = dict(enumerate([*closed.consts, *carried, *sliced]))
     moving = {p: leaf for p, leaf in inputs.items() if _is_inexact(leaf)}
     static = {p: leaf for p, leaf in inputs.items() if p not in moving}
-    last, ys = _scan(flat_step, range(start, end), length, moving, static)
+    last, ys = _scan(flat_step, range(start, end), length, rerun, moving, static)
     _, y_shapes = shapes
     return (
         jax.tree.unflatten(jax.tree.structure(carry), last),
@@ -81,6 +85,7 @@ def _scan(
     step: Callable[[_Leaves], tuple[list[Array], list[Array]]],
     carried: range,
     length: int,
+    rerun: bool,
     moving: _Leaves,
     static: _Leaves,
 ) -> tuple[list[Array], list[Array]]:
@@ -108,6 +113,17 @@ def _scan(
         constant |= jax.tree.map(lambda leaf: leaf.value, static, is_leaf=is_primal)
         shared, xs = split(perturbed | constant)
         start = [shared[p] for p in carried]
+        if rerun:
+
+            def one(carry, x):
+                carry, ys = step(at(shared, x, carry))
+                return carry, (carry, ys)
+
+            early, late = (jax.tree.map(lambda x, s=s: x[s], xs) for s in (slice(-1), -1))
+            carry, (kept, ys) = jax.lax.scan(one, start, early, length=length - 1)
+            last, y = step(at(shared, late, carry))
+            ys = jax.tree.map(lambda ys, y: jnp.concatenate([ys, y[None]]), ys, y)
+            return (last, ys), (perturbed, constant, kept)
         room = max(length - 1, 1)
         # Zeros made from the leaf vary over the devices of a shard_map as it does.
         kept = [jnp.broadcast_to(jnp.zeros_like(leaf), (room, *leaf.shape)) for leaf in start]
