@@ -110,7 +110,7 @@ def texts(config: Any) -> tuple[list[str], list[str]]:
     if config.corpus == "embedded":
         return list(_library("train").values())[:most], list(_library("val").values())[:most]
     if config.corpus == "wikitext2":
-        return _wikitext("train")[:most], _wikitext("valid")
+        return wikitext2("train")[:most], wikitext2("valid")
     split = f"train[:{most}]" if most else "train"
     found = from_datasets(
         config.corpus, split=split, config=config.corpus_config or None, columns=["text"]
@@ -135,7 +135,7 @@ def _library(split: str) -> dict[str, str]:
     return {name: text for name, text in texts.items() if text.strip()}
 
 
-def _wikitext(split: str) -> list[str]:
+def wikitext2(split: str) -> list[str]:
     """The articles of WikiText-2; a line `` = Title = `` begins one."""
     folder = os.environ.get("JMETA_DATA")
     path = Path(folder or "", "lm", f"wikitext2_{split}.txt.gz")

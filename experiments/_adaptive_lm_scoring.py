@@ -1,0 +1,183 @@
+"""How methods are tuned on validation documents, scored on test documents, and timed.
+
+Settings are chosen on validation documents alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import _adaptive_lm_methods as methods_of
+from experiments._adaptive_lm_data import Data, Rows, sampler
+from experiments._adaptive_lm_methods import Body, Losses
+from jmeta.core.types import PyTree
+from jmeta.files import write_atomically
+from jmeta.methods import datastore
+from jmeta.methods.dynamic_evaluation import gradient_statistics
+
+SGD_RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
+RMS_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+DECAYS = (0.0, 0.02)
+HSO_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+KNN_WEIGHTS = (0.05, 0.1, 0.2, 0.3, 0.4)
+KNN_TEMPERATURES = (1.0, 3.0, 10.0, 30.0)
+TIMED, REPEATS = 4, 5
+
+
+class Reader(NamedTuple):
+    """A method that is ready to read.
+
+    Attributes:
+        losses: ``(params, rows) -> [documents, length]``, compiled once for all seeds.
+        params: what is passed to it, of the first seed.
+    """
+
+    losses: Losses
+    params: PyTree
+
+
+def in_batches(losses: Losses, params: PyTree, rows: Rows, batch: int) -> np.ndarray:
+    """Losses of all documents, a few at a time, ``[documents, length]``."""
+    count = len(rows.tokens)
+    filled = Rows(*(np.concatenate([x, np.repeat(x[:1], -count % batch, 0)]) for x in rows))
+    parts = [
+        np.asarray(losses(params, Rows(*(x[first : first + batch] for x in filled))))
+        for first in range(0, count, batch)
+    ]
+    return np.concatenate(parts)[:count]
+
+
+def mean_loss(each: np.ndarray, rows: Rows) -> float:
+    """Nats per token over all documents."""
+    weights = rows.mask[:, 1:]
+    value = float((np.where(weights > 0, each, 0) * weights).sum() / weights.sum())
+    return value if np.isfinite(value) else float("inf")
+
+
+def chosen(
+    losses: Losses, options: Iterable[PyTree], rows: Rows, batch: int
+) -> tuple[PyTree, float]:
+    """The option with the least validation loss, and that loss."""
+    scored = [(mean_loss(in_batches(losses, each, rows, batch), rows), each) for each in options]
+    best, option = min(scored, key=lambda pair: pair[0])
+    return option, best
+
+
+def tune_dynamic(
+    losses: Losses, start: PyTree, data: Data, config: Any, statistics: PyTree | None
+) -> tuple[PyTree, dict[str, float]]:
+    """Rate and decay of dynamic evaluation: the rate without a decay first, then the decay."""
+    rates = SGD_RATES if statistics is None else RMS_RATES
+    extra = {"start": start} if statistics is None else {"start": start, "statistics": statistics}
+
+    def option(rate: float, decay: float) -> PyTree:
+        return {**extra, "rate": jnp.float32(rate), "decay": jnp.float32(decay)}
+
+    rows, size = data.validation, config.score_batch
+    best, _ = chosen(losses, (option(rate, DECAYS[0]) for rate in rates), rows, size)
+    rate = float(best["rate"])
+    best, loss = chosen(losses, (option(rate, decay) for decay in DECAYS), rows, size)
+    return best, {"rate": rate, "decay": float(best["decay"]), "validation": loss}
+
+
+def statistics_of(body: Body, params: PyTree, data: Data, config: Any, seed: int) -> PyTree:
+    """Root mean squared gradients over training batches of one segment's tokens each."""
+    sample = sampler(data, config.segment, 1)
+    loss = methods_of.mean(methods_of.static(body))
+    batches = (sample(seed, 10**6 + step) for step in range(config.statistics_batches))
+    return gradient_statistics(lambda p, rows: loss(p, rows, None), params, batches)
+
+
+def tune_hso(losses: Losses, params: PyTree, data: Data, config: Any) -> Any:
+    """Adam's rate of hidden-state optimisation."""
+    options = ({"params": params, "rate": jnp.float32(rate)} for rate in HSO_RATES)
+    best, loss = chosen(losses, options, data.validation, config.score_batch)
+    return best, {"rate": float(best["rate"]), "validation": loss}
+
+
+def tune_knn(
+    losses: Losses, body: Body, params: PyTree, data: Data, config: Any, seed: int
+) -> tuple[PyTree, dict[str, float]]:
+    """Weight and temperature of kNN-LM, with a datastore of training text."""
+    sample = sampler(data, config.length, config.score_batch)
+    states = jax.jit(body.states)
+    keys, values, entries, step = [], [], 0, 0
+    while entries < config.datastore:
+        rows = sample(seed, 2 * 10**6 + step)
+        kept = rows.mask[:, 1:] > 0
+        keys.append(np.asarray(states(params, rows.tokens[:, :-1]))[kept])
+        values.append(rows.tokens[:, 1:][kept])
+        entries, step = entries + int(kept.sum()), step + 1
+    found = np.concatenate(keys)[: config.datastore], np.concatenate(values)[: config.datastore]
+    store = datastore(*map(jnp.asarray, found))
+    # In units of the typical distance, so that one grid serves every model.
+    near = jnp.asarray(found[0][:64])
+    scale = float(jnp.square(near[:32] - near[32:]).sum(-1).mean()) / 30
+    options = (
+        {"params": params, "store": store, "weight": jnp.float32(weight),
+         "temperature": jnp.float32(scale * heat)}
+        for weight, heat in itertools.product(KNN_WEIGHTS, KNN_TEMPERATURES)
+    )  # fmt: skip
+    few = Rows(*(x[: config.score_batch] for x in data.validation))
+    best, loss = chosen(losses, options, few, config.score_batch)
+    kept = {name: float(best[name]) for name in ("weight", "temperature")}
+    return best, {**kept, "validation": loss}
+
+
+def keep(file: Path, each: np.ndarray, settings: dict[str, Any]) -> None:
+    """Write a method's token losses of a seed, and what it was set to."""
+    import io
+
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, losses=each.astype(np.float32), settings=json.dumps(settings))
+    write_atomically(file, buffer.getvalue())
+
+
+def kept(file: Path) -> tuple[np.ndarray, dict[str, Any]] | None:
+    """What ``keep`` wrote, or None."""
+    if not file.exists():
+        return None
+    with np.load(file) as stored:
+        return stored["losses"], json.loads(str(stored["settings"]))
+
+
+def costs(readers: dict[str, Reader], data: Data) -> list[dict[str, Any]]:
+    """Seconds per token and temporary memory of each method, runs interleaved.
+
+    The rows of each metric have the ratio to the static model in every round.
+    """
+    rows = Rows(*(x[:TIMED] for x in data.test))
+    compiled: dict[str, tuple[Callable[[], Any], int]] = {}
+    for name, (losses, params) in readers.items():
+        program = jax.jit(losses).lower(params, rows).compile()
+        memory: Any = program.memory_analysis()
+        run = lambda program=program, params=params: jax.block_until_ready(program(params, rows))  # noqa: E731
+        run()
+        compiled[name] = run, int(memory.temp_size_in_bytes)
+    seconds: dict[str, list[float]] = {name: [] for name in compiled}
+    for _ in range(REPEATS):
+        for name, (run, _) in compiled.items():
+            begun = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - begun)
+    tokens, static = rows.mask[:, 1:].size, statistics.median(seconds[methods_of.STATIC])
+    made = []
+    for name, (_, memory) in compiled.items():
+        middle = statistics.median(seconds[name])
+        for metric, value in (
+            ("cost per token, static = 1", middle / static),
+            ("microseconds per token", 1e6 * middle / tokens),
+            ("temporary memory, MiB", memory / 2**20),
+        ):
+            made.append({"method": name, "seed": 0, "metric": metric, "value": value})
+    return made

@@ -1,0 +1,265 @@
+"""Language models that adapt as they read: fast weights, dynamic evaluation and others, one table.
+
+A small decoder is trained once for each seed; what is trained further takes the same batches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import jmeta
+from experiments import _adaptive_lm_data as data_of
+from experiments import _adaptive_lm_methods as methods_of
+from experiments import _adaptive_lm_report as page
+from experiments import _adaptive_lm_scoring as scoring
+from experiments._adaptive_lm_data import Data
+from experiments._adaptive_lm_methods import (
+    BLOCK,
+    EXACT,
+    FIRST,
+    HSO,
+    KNN,
+    META,
+    METHODS,
+    NGRAM,
+    RMS,
+    SGD,
+    STATIC,
+    Body,
+    Losses,
+)
+from experiments._shared import command_line, record, train_method
+from jmeta.core.types import Episode, PyTree
+from jmeta.data.sources import DataUnavailable
+from jmeta.methods import fast_weights, learned_start
+from jmeta.methods.fast_weights import FastWeights
+from jmeta.runtime import config as configuration
+from jmeta.runtime import distributed, fit
+
+BASE = "decoder"  # what all but Transformer-N begin from
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(configuration.RunConfig):
+    """Perplexity of language models that adapt as they read, and what it costs."""
+
+    seeds: int = 3
+    """Number of seeds: of initialisation and of the order of training text."""
+    corpus: str = "embedded"
+    """embedded: files of Python's standard library, split by package; wikitext2: $JMETA_DATA/lm."""
+    model: str = "decoder"
+    """decoder: trained here; otherwise a GPT-2 checkpoint, a folder or a name on the hub."""
+    methods: tuple[str, ...] = METHODS
+    """Which are trained and scored; static must be among them."""
+    vocab: int = 1024
+    """Size of the byte-level BPE vocabulary of the decoder."""
+    width: int = 96
+    """Width of the decoder, and of the block of fast weights."""
+    layers: int = 3
+    """Layers of the decoder."""
+    heads: int = 4
+    """Heads of the decoder."""
+    length: int = 512
+    """Tokens of a document that are read; all of them are context."""
+    segment: int = 64
+    """Tokens between two updates of dynamic evaluation and of HSO; divides length."""
+    batch: int = 8
+    """Documents of a training step."""
+    base_steps: int = 300
+    """Training steps of the shared decoder."""
+    extra_steps: int = 200
+    """Training steps of each method from there, of static too; Transformer-N takes both."""
+    rate: float = 3e-3
+    """Adam's rate in training, with a warm-up and a cosine decay to a tenth of it."""
+    step_size: float = 0.1
+    """Where the learned step sizes of fast weights begin."""
+    reference: float = 64.0
+    """Tokens that the gradients of fast weights are divided by."""
+    inner_rate: float = 0.1
+    """Where the learned rates of dynamic evaluation begin."""
+    neighbours: int = 64
+    """Entries that kNN-LM looks up."""
+    datastore: int = 40_000
+    """Entries of its datastore, of training text."""
+    statistics_batches: int = 50
+    """Training batches whose gradients give RMS its sizes."""
+    validation_documents: int = 16
+    """Documents on which rates are chosen."""
+    test_documents: int = 64
+    """Documents that are scored."""
+    score_batch: int = 8
+    """Documents that are scored at a time."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if unknown := set(self.methods) - set(METHODS):
+            raise ValueError(f"methods {sorted(unknown)}: choose of {', '.join(METHODS)}")
+        if STATIC not in self.methods:
+            raise ValueError(f"all are compared with {STATIC!r}: add it to methods")
+        if self.corpus not in ("embedded", "wikitext2"):
+            raise ValueError(f"corpus={self.corpus!r}: choose embedded or wikitext2")
+        if NGRAM in self.methods and self.layers < 2:
+            raise ValueError(f"layers={self.layers}: {NGRAM} needs one above its first")
+        if self.segment < 1 or self.length % self.segment:
+            raise ValueError(f"segment={self.segment} does not divide length={self.length}")
+
+
+PRESETS = {
+    "demo": Config(),
+    "smoke": Config(
+        seeds=2, vocab=320, width=16, layers=2, heads=2, length=32, segment=8, batch=2,
+        base_steps=4, extra_steps=2, neighbours=4, datastore=100, statistics_batches=2,
+        validation_documents=2, test_documents=5, score_batch=2,
+    ),
+}  # fmt: skip
+
+
+def train(
+    config: Config, data: Data, name: str, losses: Losses, start: PyTree, seed: int, steps: int,
+    first: int,
+) -> PyTree:  # fmt: skip
+    """Train from a start on the batches ``first``, ``first + 1``, ... of a seed."""
+    problem = learned_start(methods_of.mean(losses), optax.sgd(0.0))
+    warm = max(steps // 20, 1)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, config.rate, warm, steps, config.rate / 10)
+    outer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+    sample = data_of.sampler(data, config.length, config.batch)
+    done = train_method(
+        f"{name}, seed {seed}",
+        jmeta.first_order(problem, 0),  # no inner step: the plain gradient of the query's loss
+        outer,
+        jax.tree.map(jnp.copy, start),
+        fit.from_function(lambda step: Episode((), sample(seed, first + step))),
+        config.out / "trained" / f"{page.slug(name)}-{seed}",
+        resume=config.resume,
+        steps=steps,
+        checkpoint_every=max(steps // 4, 1),
+        keep=1,
+        log_every=max(steps // 20, 1),
+    )
+    return done.meta
+
+
+def learners(config: Config, body: Body, vocab: int) -> dict[str, Any]:
+    """For each method that is trained: its losses, and its start from the shared decoder."""
+    exact = FastWeights(reference=config.reference)
+
+    def block(base: PyTree, seed: int) -> PyTree:
+        width = body.config.width
+        key = jax.random.fold_in(jax.random.key(seed), 1)
+        return {"body": base, "block": fast_weights.init(width, width, key, config.step_size)}
+
+    def rates(base: PyTree, seed: int) -> PyTree:
+        start = jnp.log(jnp.float32(config.inner_rate))
+        return {"start": base, "rates": jax.tree.map(lambda _: start, base)}
+
+    return {
+        STATIC: (methods_of.static(body), lambda base, seed: base),
+        META: (methods_of.dynamic(body, methods_of.learned, config.segment), rates),
+        BLOCK: (methods_of.with_block(body, None), block),
+        FIRST: (methods_of.with_block(body, exact._replace(first_order=True)), block),
+        EXACT: (methods_of.with_block(body, exact), block),
+    }
+
+
+def file_of(config: Config, name: str, seed: int) -> Path:
+    """Where the losses of a method are kept."""
+    return config.out / "scores" / f"{page.slug(name)}-{seed}.npz"
+
+
+def score_seed(config: Config, data: Data, body: Body, made: dict[str, Losses], seed: int) -> Any:
+    """Train and score every method of a seed that is not done; readers of those that were."""
+    ready: dict[str, PyTree] = {}
+    learning = learners(config, body, data.vocab)
+
+    @functools.cache
+    def base() -> PyTree:
+        start = body.init(jax.random.key(seed))
+        if config.model != BASE or not config.base_steps:
+            return start
+        losses = methods_of.static(body)
+        return train(config, data, BASE, losses, start, seed, config.base_steps, 0)
+
+    @functools.cache
+    def trained(name: str) -> PyTree:
+        losses, begin = learning[name]
+        start = begin(base(), seed)
+        return train(config, data, name, losses, start, seed, config.extra_steps, config.base_steps)
+
+    def prepared(name: str) -> tuple[PyTree, dict[str, Any]]:
+        static = trained(STATIC)
+        if name in learning:
+            return trained(name), page.learned_settings(name, trained(name))
+        if name == SGD:
+            return scoring.tune_dynamic(made[name], static, data, config, None)
+        if name == RMS:
+            sizes = scoring.statistics_of(body, static, data, config, seed)
+            return scoring.tune_dynamic(made[name], static, data, config, sizes)
+        if name == HSO:
+            return scoring.tune_hso(made[name], static, data, config)
+        if name == KNN:
+            return scoring.tune_knn(made[name], body, static, data, config, seed)
+        init, losses = methods_of.n_gram(config, data.vocab)
+        steps = config.base_steps + config.extra_steps
+        start = init(jax.random.key(seed))
+        return train(config, data, NGRAM, losses, start, seed, steps, 0), {}
+
+    for name in config.methods:
+        file = file_of(config, name, seed)
+        first = seed == config.seed_list[0]
+        if file.exists() and not (first and not page.costs_file(config).exists()):
+            continue
+        params, settings = prepared(name)
+        ready[name] = params
+        if file.exists():
+            continue
+        each = scoring.in_batches(made[name], params, data.test, config.score_batch)
+        scoring.keep(file, each, settings)
+        loss = scoring.mean_loss(each, data.test)
+        print(f"{name}, seed {seed}: {loss:.4f} nats per token {settings}", flush=True)
+    return ready
+
+
+def run(config: Config) -> None:
+    """Train, tune, score, time, and write the run directory."""
+    record(config)
+    try:
+        data = data_of.load(config)
+        body = methods_of.make_body(config, data.vocab)
+    except (DataUnavailable, FileNotFoundError, ValueError) as error:
+        sys.exit(str(error))
+    made: dict[str, Losses] = {
+        name: jax.jit(losses) for name, (losses, _) in learners(config, body, data.vocab).items()
+    }
+    made |= {
+        SGD: jax.jit(methods_of.dynamic(body, methods_of.sgd, config.segment)),
+        RMS: jax.jit(methods_of.dynamic(body, methods_of.rms, config.segment)),
+        HSO: jax.jit(methods_of.hso(body, config.segment)),
+        KNN: jax.jit(methods_of.neighbours(body, config.neighbours)),
+        NGRAM: jax.jit(methods_of.n_gram(config, data.vocab)[1]),
+    }
+    for seed in config.seed_list:
+        ready = score_seed(config, data, body, made, seed)
+        if seed == config.seed_list[0] and not page.costs_file(config).exists():
+            readers = {n: scoring.Reader(made[n], params) for n, params in ready.items()}
+            page.keep_costs(config, scoring.costs(readers, data))
+    if distributed.is_writer():
+        page.write(config, data, functools.partial(file_of, config))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    command_line(PRESETS, run, argv)
+
+
+if __name__ == "__main__":
+    main()
