@@ -154,20 +154,13 @@ def draw(
             config.out / stem, curves, xlabel=xlabel, ylabel="nats per token, less static's"
         )
         made.append((f"Loss against the static model {caption}; below zero is better.", path))
-    path = figures.forest(
-        config.out / "differences", summarise_known(config, names, found, data), PERPLEXITY
-    )
+    known = [name for name in names if name != UNIGRAM]  # whose distance would hide the others'
+    rows = [
+        r for r in rows_of(known, config.seed_list, found, data.test) if r["metric"] == PERPLEXITY
+    ]
+    path = figures.forest(config.out / "differences", summarise(rows, baseline=STATIC), PERPLEXITY)
     made.append(("Perplexity against the static model, paired by seed.", path))
     return made
-
-
-def summarise_known(
-    config: Any, names: list[str], found: dict[Any, np.ndarray], data: Data
-) -> list[dict[str, Any]]:
-    """Perplexities of all methods but the trivial one, whose distance would hide the others'."""
-    known = [name for name in names if name != UNIGRAM]
-    rows = rows_of(known, config.seed_list, found, data.test)
-    return summarise([r for r in rows if r["metric"] == PERPLEXITY], baseline=STATIC)
 
 
 def notes(config: Any, summary: list[dict[str, Any]]) -> list[str]:

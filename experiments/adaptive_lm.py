@@ -38,6 +38,7 @@ from experiments._adaptive_lm_methods import (
     Losses,
 )
 from experiments._shared import command_line, record, train_method
+from experiments._teacher_shared import named
 from jmeta.core.types import Episode, PyTree
 from jmeta.data.sources import DataUnavailable
 from jmeta.methods import fast_weights, learned_start
@@ -101,10 +102,11 @@ class Config(configuration.RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if unknown := set(self.methods) - set(METHODS):
-            raise ValueError(f"methods {sorted(unknown)}: choose of {', '.join(METHODS)}")
+        object.__setattr__(self, "methods", named("methods", self.methods, METHODS))
         if STATIC not in self.methods:
             raise ValueError(f"all are compared with {STATIC!r}: add it to methods")
+        if len(self.methods) < 2:
+            raise ValueError(f"{STATIC!r} alone is compared with nothing: name another method")
         if self.corpus not in ("embedded", "wikitext2"):
             raise ValueError(f"corpus={self.corpus!r}: choose embedded or wikitext2")
         if NGRAM in self.methods and self.layers < 2:
@@ -115,6 +117,12 @@ class Config(configuration.RunConfig):
 
 PRESETS = {
     "demo": Config(),
+    # For an accelerator: minutes there, days on two cores.
+    "full": Config(
+        vocab=2048, width=256, layers=4, heads=4, length=512, batch=16, base_steps=1000,
+        extra_steps=500, rate=1e-3, datastore=200_000, statistics_batches=100,
+        validation_documents=32, test_documents=128, score_batch=32,
+    ),
     "smoke": Config(
         seeds=2, vocab=320, width=16, layers=2, heads=2, length=32, segment=8, batch=2,
         base_steps=4, extra_steps=2, neighbours=4, datastore=100, statistics_batches=2,
