@@ -7,6 +7,7 @@ about them. Weights on tokens are learned, uniform, or given by a rule.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -63,7 +64,7 @@ class Config(configuration.RunConfig):
     """Width of the decoder; the model of the weights is a copy of it with a head."""
     layers: int = 2
     """Layers of the decoder."""
-    base_steps: int = 800
+    base_steps: int = 600
     """Steps of the base model's training on documents and questions."""
     base_batch: int = 16
     """Rows in each of them."""
@@ -79,13 +80,13 @@ class Config(configuration.RunConfig):
     """Rate of the inner SGD while weights are learned."""
     rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
     """Rates at test to choose from, for every method by itself, on validation documents."""
-    meta_steps: int = 240
+    meta_steps: int = 120
     """Meta-steps."""
     meta_lr: float = 1e-3
     """Adam's rate of the weights' model."""
     drop: float = 0.0
     """Share of a document's tokens whose TF-IDF is set to zero."""
-    evaluate_every: int = 80
+    evaluate_every: int = 40
     """Meta-steps between looks at validation documents; the best is kept."""
     validation_streams: int = 10
     """Streams for the choices."""
@@ -109,7 +110,8 @@ PRESETS = {
     "demo": Config(seeds=3),
     "squad": Config(
         seeds=3, source="squad", documents=(1800, 1600, 120, 360), vocab=1024, length=96,
-        question_length=48, longest_answer=12, base_steps=1200, test_streams=60,
+        question_length=48, longest_answer=12, base_steps=2000, meta_steps=400,
+        evaluate_every=80, test_streams=60,
     ),
     "smoke": Config(
         seeds=2, documents=(60, 40, 16, 16), vocab=320, length=32, question_length=32, width=16,
@@ -133,7 +135,7 @@ class Seed(NamedTuple):
     """
 
     seed: int
-    scores: dict[str, dict[str, np.ndarray]]
+    scores: dict[str, dict[str, list[float]]]
     rates: dict[str, float]
     kinds: dict[str, dict[str, float]]
     alignment: dict[str, float]
@@ -148,8 +150,9 @@ def model_of(config: Config) -> transformer.TransformerConfig:
     )
 
 
-def train_base(config: Config, data: reading.Data, seed: int) -> Trained:
-    """A language model of documents and of questions with their answers."""
+def train_base(config: Config, data: reading.Data) -> Trained:
+    """A language model of documents and of questions with their answers, the same for all seeds."""
+    seed = config.first_seed
     model = model_of(config)
 
     def loss(params: PyTree, batch: PyTree, key: Key) -> tuple[Array, PyTree]:
@@ -159,10 +162,10 @@ def train_base(config: Config, data: reading.Data, seed: int) -> Trained:
     mg = jmeta.first_order(learned_start(loss, optax.sgd(0.0)), 0)
     schedule = optax.cosine_decay_schedule(config.base_lr, config.base_steps)
     return train_method(
-        f"base, seed {seed}", mg, optax.adamw(schedule, weight_decay=0.01),
+        "base", mg, optax.adamw(schedule, weight_decay=0.01),
         transformer.init(model, jax.random.key(seed)),
         fit.from_function(reading.base_batches(config, data.parts["base"], seed)),
-        config.out / f"base-{seed}",
+        config.out / "base",
         resume=config.resume, steps=config.base_steps, keep=1,
         checkpoint_every=max(1, config.base_steps // 4), log_every=max(1, config.base_steps // 10),
     )  # fmt: skip
@@ -226,7 +229,7 @@ def make_read(config: Config, kind: str) -> Read:
 def score(
     config: Config, data: reading.Data, read: Read, kind: str, meta: PyTree, base: PyTree,
     rate: float, part: str, count: int, seed: int,
-) -> dict[str, np.ndarray]:  # fmt: skip
+) -> dict[str, list[float]]:  # fmt: skip
     """Scores ``[streams]`` of a method at a rate."""
     found: dict[str, list[float]] = {name: [] for name in (LOSS, MOVED, EXACT, F1)}
     golds = data.parts[part].golds
@@ -243,7 +246,7 @@ def score(
                 for said, row in zip(answers, rows, strict=True)
             ]
             found[metric].append(100 * float(np.mean(best)))
-    return {name: np.asarray(values) for name, values in found.items()}
+    return found
 
 
 def decoded(data: reading.Data, ids: np.ndarray) -> str:
@@ -284,17 +287,18 @@ def alignment(config: Config, data: reading.Data, base: PyTree, seed: int) -> di
     return {label: float(np.concatenate(values).mean()) for label, values in found.items()}
 
 
-def run_seed(config: Config, data: reading.Data, readers: dict[str, Read], seed: int) -> Seed:
-    """Train the base, learn weights, choose rates, and score all methods."""
-    runs = {"base": train_base(config, data, seed)}
-    base = runs["base"].meta
+def run_seed(
+    config: Config, data: reading.Data, readers: dict[str, Read], base: PyTree, seed: int
+) -> Seed:
+    """Learn weights, choose rates, and score all methods."""
+    runs: dict[str, Trained] = {}
 
     def validation(kind: str, meta: PyTree, rate: float) -> float:
         count = config.validation_streams
         found = score(
             config, data, readers[kind], kind, meta, base, rate, "validation", count, seed
         )
-        return float((found[LOSS] + config.locality * found[MOVED]).mean())
+        return float(np.mean(found[LOSS]) + config.locality * np.mean(found[MOVED]))
 
     mg: MetaGradient = jmeta.mixed_mode(
         problem_at(config, base, LEARNED, config.inner_lr), config.stream
@@ -310,6 +314,10 @@ def run_seed(config: Config, data: reading.Data, readers: dict[str, Read], seed:
         evaluate_every=config.evaluate_every, checkpoint_every=config.evaluate_every,
         log_every=config.evaluate_every,
     )  # fmt: skip
+    kept = config.out / f"scored-{seed}.json"
+    if config.resume and kept.exists():  # a seed that is complete is only read
+        scores, rates, by_kind, slopes = json.loads(kept.read_text(encoding="utf-8"))
+        return Seed(seed, scores, rates, by_kind, slopes, runs)
     scores, rates = {}, {}
     for kind, read in readers.items():
         meta = runs[LEARNED].meta if kind == LEARNED else ()
@@ -321,7 +329,9 @@ def run_seed(config: Config, data: reading.Data, readers: dict[str, Read], seed:
             config, data, read, kind, meta, base, rates[kind], "test", config.test_streams, seed
         )
     by_kind = weights_by_kind(config, data, runs[LEARNED].meta)
-    return Seed(seed, scores, rates, by_kind, alignment(config, data, base, seed), runs)
+    found = (scores, rates, by_kind, alignment(config, data, base, seed))
+    distributed.write(kept, json.dumps(found))
+    return Seed(seed, *found, runs)
 
 
 def rows_of(config: Config, each: Seed) -> list[dict[str, Any]]:
@@ -367,18 +377,20 @@ def verdict(summary: Sequence[dict[str, Any]]) -> str:
 
 def run(config: Config) -> None:
     """Train, score, and write the run directory."""
-    record(config)
+    record(config, "seeds")  # more of them may come later
     data = reading.load(config)
     by_rule = make_read(config, reading.RULES[0])  # one program for all rules
     readers = {kind: make_read(config, kind) for kind in (NONE, UNIFORM, LEARNED)}
     readers |= dict.fromkeys(reading.RULES, by_rule)
-    seeds = [run_seed(config, data, readers, seed) for seed in config.seed_list]
+    base = train_base(config, data)
+    seeds = [run_seed(config, data, readers, base.meta, seed) for seed in config.seed_list]
     if not distributed.is_writer():
         return
-    histories = {
-        f"{name}, seed {each.seed}": each.runs[name].history for each in seeds for name in each.runs
+    histories = {"base": base.history} | {
+        f"{LEARNED}, seed {each.seed}": each.runs[LEARNED].history for each in seeds
     }
     write_metrics(config.out, histories)
+    seeds[0].runs["base"] = base
     rows = [row for each in seeds for row in rows_of(config, each)]
     compared = [row for row in rows if row["metric"] in (LOSS, F1, EXACT, MOVED)]
     rest = [row for row in rows if row["metric"] not in (LOSS, F1, EXACT, MOVED)]
@@ -428,8 +440,10 @@ weights of tokens differ, and the rate, which every method chooses for itself.""
 def _notes(config: Config) -> list[str]:
     over = "seeds" if config.seeds > 1 else "streams of the one seed"
     notes = [
-        f"Intervals are 95 % t-intervals over {over}; a seed trains its own base. The rate at test "
-        f"is chosen of {list(config.rates)} for every method on validation documents.",
+        f"Intervals are 95 % t-intervals over {over}. A seed learns its own weights and reads its "
+        "own streams; the base is the same for all, so that the intervals do not cover its "
+        f"training. The rate at test is chosen of {list(config.rates)} for every method on "
+        "validation documents.",
         f"'{reading.RULES[-1]}' weighs the tokens of the answer in the document and no others. No "
         "method can know them: it says what the best of weights could do.",
         "Salient spans are runs of capitalised words and words that begin with a digit, found by "

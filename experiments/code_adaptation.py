@@ -7,6 +7,7 @@ Python standard library.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -68,13 +69,13 @@ class Config(configuration.RunConfig):
     """Width of the decoder."""
     layers: int = 2
     """Layers of the decoder."""
-    base_steps: int = 1200
+    base_steps: int = 700
     """Steps of the base model's training, on rows as long as support and context together."""
     base_batch: int = 4
     """Rows in each of them."""
     base_lr: float = 2e-3
     """AdamW's rate there, at the start of a cosine decay."""
-    meta_steps: int = 120
+    meta_steps: int = 60
     """Meta-steps of each method that is meta-trained, from the base."""
     meta_batch: int = 8
     """Holes in each of them."""
@@ -86,7 +87,7 @@ class Config(configuration.RunConfig):
     """Rates at test to choose from, for every method by itself, on validation files."""
     decay: float = 0.0
     """How far dynamic evaluation goes back to its start at every step."""
-    evaluate_every: int = 40
+    evaluate_every: int = 20
     """Meta-steps between looks at validation holes; the best is kept."""
     validation_holes: int = 64
     """Holes for the choices."""
@@ -96,6 +97,10 @@ class Config(configuration.RunConfig):
 
 PRESETS = {
     "demo": Config(seeds=3),
+    "full": Config(
+        seeds=5, width=128, layers=4, base_steps=8000, base_batch=8, meta_steps=600,
+        evaluate_every=60, test_holes=1000,
+    ),
     "smoke": Config(
         seeds=2, vocab=320, window=16, support=2, hole=2, before=3, width=16, layers=1,
         base_steps=10, base_batch=2, meta_steps=4, meta_batch=2, evaluate_every=2,
@@ -109,13 +114,13 @@ class Seed(NamedTuple):
 
     Attributes:
         seed: its number.
-        scores: ``{(method, support): [holes]}``; the support is "" where none is read.
+        scores: ``{method: {support: [holes]}}``; the support is "" where none is read.
         rates: the rate that each method chose.
         runs: the trainings.
     """
 
     seed: int
-    scores: dict[tuple[str, str], np.ndarray]
+    scores: dict[str, dict[str, list[float]]]
     rates: dict[str, float]
     runs: dict[str, Trained]
 
@@ -158,8 +163,9 @@ def holes(config: Config, source: files.Files, kind: str, tasks: int, long: bool
     )  # fmt: skip
 
 
-def train_base(config: Config, source: files.Files, seed: int) -> Trained:
-    """A language model of rows of code."""
+def train_base(config: Config, source: files.Files) -> Trained:
+    """A language model of rows of code, the same for all seeds."""
+    seed = config.first_seed
     length = model_of(config).max_len
 
     def batch(step: int) -> Episode:
@@ -172,9 +178,9 @@ def train_base(config: Config, source: files.Files, seed: int) -> Trained:
     mg = jmeta.first_order(methods.learned_start(make_loss(config), optax.sgd(0.0)), 0)
     schedule = optax.cosine_decay_schedule(config.base_lr, config.base_steps)
     return train_method(
-        f"base, seed {seed}", mg, optax.adamw(schedule, weight_decay=0.01),
+        "base", mg, optax.adamw(schedule, weight_decay=0.01),
         transformer.init(model_of(config), jax.random.key(seed)), fit.from_function(batch),
-        config.out / f"base-{seed}",
+        config.out / "base",
         resume=config.resume, steps=config.base_steps, keep=1,
         checkpoint_every=max(1, config.base_steps // 4), log_every=max(1, config.base_steps // 10),
     )  # fmt: skip
@@ -250,11 +256,14 @@ def readers(config: Config) -> dict[str, Values]:
 
 
 def run_seed(
-    config: Config, sources: dict[str, files.Files], ways: dict[str, Values], seed: int
+    config: Config,
+    sources: dict[str, files.Files],
+    ways: dict[str, Values],
+    base: PyTree,
+    seed: int,
 ) -> Seed:
-    """Train the base, meta-train from it, choose rates, and score everything."""
-    runs = {"base": train_base(config, sources["train"], seed)}
-    base = runs["base"].meta
+    """Meta-train from the base, choose rates, and score everything."""
+    runs: dict[str, Trained] = {}
     draw = holes(config, sources["validation"], "rare", config.validation_holes, True)
     validation = draw(VALIDATION, 0)
     test = {
@@ -277,6 +286,10 @@ def run_seed(
             evaluate=look, evaluate_every=config.evaluate_every,
             checkpoint_every=config.evaluate_every, log_every=config.evaluate_every,
         )  # fmt: skip
+    kept = config.out / f"scored-{seed}.json"
+    if config.resume and kept.exists():  # a seed that is complete is only read
+        scores, rates = json.loads(kept.read_text(encoding="utf-8"))
+        return Seed(seed, scores, rates, runs)
     compared = {name: (base, way) for name, way in ways.items()}
     compared[JOINT] = (runs[JOINT].meta, ways[NONE])
     for name in (EXACT, FIRST):
@@ -294,7 +307,9 @@ def run_seed(
         rate = jnp.float32(rates.get(name, 0.0))
         reads_support = way is ways[TUNED] or name == "attention to the support"
         for kind in SUPPORTS if reads_support else ("rare",):
-            scores[name, kind if reads_support else ""] = np.asarray(way(params, rate, test[kind]))
+            losses = np.asarray(way(params, rate, test[kind]), float)
+            scores.setdefault(name, {})[kind if reads_support else ""] = losses.tolist()
+    distributed.write(kept, json.dumps((scores, rates)))
     return Seed(seed, scores, rates, runs)
 
 
@@ -309,8 +324,9 @@ def rows_of(config: Config, each: Seed) -> list[dict[str, Any]]:
             row["values"] = values.tolist()
         rows.append(row | settings)
 
-    for (name, kind), values in each.scores.items():
-        add(name, LOSS, values, **({"support": kind} if kind else {}))
+    for name, kinds in each.scores.items():
+        for kind, values in kinds.items():
+            add(name, LOSS, values, **({"support": kind} if kind else {}))
     for name, rate in each.rates.items():
         add(name, "rate at test", rate)
     for name, run in each.runs.items():
@@ -340,17 +356,19 @@ def verdicts(summary: Sequence[dict[str, Any]]) -> list[str]:
 
 def run(config: Config) -> None:
     """Train, score, and write the run directory."""
-    record(config)
+    record(config, "seeds")  # more of them may come later
     sources, ways = load(config), readers(config)
-    seeds = [run_seed(config, sources, ways, seed) for seed in config.seed_list]
+    base = train_base(config, sources["train"])
+    seeds = [run_seed(config, sources, ways, base.meta, seed) for seed in config.seed_list]
     if not distributed.is_writer():
         return
-    histories = {
+    histories = {"base": base.history} | {
         f"{name}, seed {each.seed}": run.history
         for each in seeds
         for name, run in each.runs.items()
     }
     write_metrics(config.out, histories)
+    seeds[0].runs["base"] = base
     rows = [row for each in seeds for row in rows_of(config, each)]
     losses = [row for row in rows if row["metric"] == LOSS]
     rest = [row for row in rows if row["metric"] != LOSS]
@@ -399,9 +417,9 @@ as support and context together, so that attention is used as it was trained."""
 def _notes(config: Config) -> list[str]:
     over = "seeds" if config.seeds > 1 else "holes of the one seed"
     return [
-        f"Intervals are 95 % t-intervals over {over}; a seed trains its own base and has its own "
-        f"holes. The rate at test is chosen of {list(config.rates)} for every method on "
-        "validation files.",
+        f"Intervals are 95 % t-intervals over {over}. A seed meta-trains by itself and has its own "
+        "holes; the base is the same for all, so that the intervals do not cover its training. "
+        f"The rate at test is chosen of {list(config.rates)} for every method on validation files.",
         "Support windows overlap neither the hole nor its context. Those of dynamic evaluation and "
         "of 'rare, before the hole' lie before the hole, as when a file is read; the others may "
         "lie behind it, as when a file is edited.",
