@@ -49,7 +49,7 @@ class Config(configuration.RunConfig):
 
     source: str = "facts"
     """facts (made-up lives, needs no data), or questions: squad ($JMETA_DATA/qa)."""
-    documents: tuple[int, ...] = (800, 800, 60, 240)
+    documents: tuple[int, ...] = (800, 800, 120, 240)
     """Documents that the base model is trained on, that weights are learned on, for the choices,
     and to test on."""
     vocab: int = 512
@@ -80,15 +80,15 @@ class Config(configuration.RunConfig):
     """Rate of the inner SGD while weights are learned."""
     rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
     """Rates at test to choose from, for every method by itself, on validation documents."""
-    meta_steps: int = 120
+    meta_steps: int = 200
     """Meta-steps."""
     meta_lr: float = 1e-3
-    """Adam's rate of the weights' model."""
+    """Adam's rate of the weights' model, at the start of a cosine decay."""
     drop: float = 0.0
     """Share of a document's tokens whose TF-IDF is set to zero."""
-    evaluate_every: int = 40
+    evaluate_every: int = 100
     """Meta-steps between looks at validation documents; the best is kept."""
-    validation_streams: int = 10
+    validation_streams: int = 20
     """Streams for the choices."""
     test_streams: int = 40
     """Streams of the final numbers, the same for all methods."""
@@ -303,9 +303,10 @@ def run_seed(
     mg: MetaGradient = jmeta.mixed_mode(
         problem_at(config, base, LEARNED, config.inner_lr), config.stream
     )
+    schedule = optax.cosine_decay_schedule(config.meta_lr, config.meta_steps)
     runs[LEARNED] = train_method(
         f"{LEARNED}, seed {seed}", mg, optax.chain(optax.clip_by_global_norm(1.0),
-                                                   optax.adam(config.meta_lr)),
+                                                   optax.adam(schedule)),
         first_weights(config, base, seed),
         fit.from_function(reading.meta_batches(config, data, seed)),
         config.out / f"{LEARNED}-{seed}",
