@@ -1,4 +1,4 @@
-"""CaMeLS: which tokens of a document should a model learn from, to answer questions afterwards?
+"""CaMeLS: the tokens of a document that a model should learn from, to answer questions afterwards.
 
 A small decoder reads a stream of documents by gradient descent, one step each, and is then asked
 about them. Weights on tokens are learned, uniform, or given by a rule.
