@@ -166,6 +166,7 @@ def cells(config: Config, steps: int) -> list[Cell]:
             "mixed_mode, products kept", jmeta.mixed_mode(looped.problem, steps, keep=long), looped
         ),
         Cell("mixed_mode, nested", jmeta.mixed_mode(hidden.problem, steps, remat="nested"), hidden),
+        Cell("mixed_mode, rounded", jmeta.mixed_mode(dots.problem, steps, remat="rounded"), dots),
         Cell("unrolled", jmeta.unrolled(scanned.problem, steps), scanned),
         Cell("unrolled, layers looped", jmeta.unrolled(looped.problem, steps), looped),
         Cell("unrolled, step remat", jmeta.unrolled(full.problem, steps, remat="step"), full),

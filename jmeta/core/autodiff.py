@@ -24,7 +24,7 @@ from jmeta.core.types import Array, Key, LossFn, PyTree
 
 InnerGradFn: TypeAlias = Callable[[PyTree, PyTree, PyTree, Key], tuple[Array, PyTree, PyTree]]
 GradTransform: TypeAlias = Callable[[LossFn], InnerGradFn]
-Remat: TypeAlias = Literal["none", "step", "nested"]
+Remat: TypeAlias = Literal["none", "step", "nested", "rounded"]
 
 
 def reverse_grad(loss: LossFn) -> InnerGradFn:
@@ -295,20 +295,24 @@ def scan_steps(
     xs: PyTree,
     length: int,
     remat: Remat = "none",
+    weights: Callable[[PyTree], PyTree] | None = None,
 ) -> tuple[PyTree, PyTree]:
     r"""``jax.lax.scan`` over inner steps, with a choice of what the backward pass recomputes.
 
     ``"none"`` stores every step's residuals; ``"step"`` stores the carries between steps and
     recomputes each step; ``"nested"`` stores the carry of every block of about :math:`\sqrt{T}`
     steps and recomputes those within a block at a time, so that memory grows as
-    :math:`O(\sqrt T)` for at most one more forward pass.
+    :math:`O(\sqrt T)` for at most one more forward pass. ``"rounded"`` is ``"step"`` with the
+    weights among the carries kept as differences from the first ones, in half their precision:
+    half the memory, and a derivative at weights that are off by :math:`2^{-11}` of their way.
 
     Args:
         step: ``(carry, x) -> (carry, y)``.
         carry: the initial carry.
         xs: a pytree of arrays ``[length, ...]``.
         length: number of steps, at least one.
-        remat: which of the three.
+        remat: which of the four.
+        weights: ``carry -> subtree``, what ``"rounded"`` rounds; None: nothing.
 
     Returns:
         The last carry and the stacked outputs ``[length, ...]``.
@@ -334,6 +338,8 @@ def scan_steps(
         return last, jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], y)
     if remat == "none":
         return jax.lax.scan(step, carry, xs, length=length)
+    if remat == "rounded":
+        return scan_from_carries(step, carry, xs, length, halved=weights)
     if remat == "step" or length < 4:
         return scan_from_carries(step, carry, xs, length)
     size = block_length(length)

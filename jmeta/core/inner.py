@@ -355,7 +355,9 @@ def inner_loop(
         if steps == 0:
             losses = jnp.zeros((0,))
         else:
-            state, (losses, scores) = scan_steps(step, state, batches, steps, remat)
+            state, (losses, scores) = scan_steps(
+                step, state, batches, steps, remat, weights=lambda state: state.fast
+            )
         if objective.name == "unscored":
             loss, aux = jnp.zeros(()), {}
         elif objective.name == "final":

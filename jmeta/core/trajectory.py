@@ -6,7 +6,7 @@ The first carry is the caller's own, as a rule the meta-parameters: it is not ke
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,35 @@ from jmeta.core.types import Array, PyTree
 _Leaves = dict[int, Any]  # by position among the constants, the carry and the xs of one step
 
 
+class _Packing(NamedTuple):
+    """How a leaf of a carry is kept: ``pack(leaf, first)``, and ``unpack(packed, first)``."""
+
+    pack: Callable[[Array, Array], Array]
+    unpack: Callable[[Array, Array], Array]
+
+
+# A float and the one of half its width; kept as its bits, or else a CPU would widen it again.
+_HALF = {"float32": (jnp.float16, jnp.uint16), "float64": (jnp.float32, jnp.uint32)}
+
+
+def _pack_difference(leaf: Array, first: Array) -> Array:
+    if leaf.dtype.name not in _HALF:
+        return leaf
+    half, bits = _HALF[leaf.dtype.name]
+    return jax.lax.bitcast_convert_type((leaf - first).astype(half), bits)
+
+
+def _unpack_difference(packed: Array, first: Array) -> Array:
+    if first.dtype.name not in _HALF:
+        return packed
+    half, _ = _HALF[first.dtype.name]
+    return first + jax.lax.bitcast_convert_type(packed, half).astype(first.dtype)
+
+
+_WHOLE = _Packing(lambda leaf, first: leaf, lambda packed, first: packed)
+_DIFFERENCE = _Packing(_pack_difference, _unpack_difference)
+
+
 def scan_from_carries(
     step: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]],
     carry: PyTree,
@@ -26,6 +55,7 @@ def scan_from_carries(
     length: int,
     *,
     rerun: bool = False,
+    halved: Callable[[PyTree], PyTree] | None = None,
 ) -> tuple[PyTree, PyTree]:
     r"""``jax.lax.scan`` that keeps :math:`T - 1` carries and reruns each step from its own.
 
@@ -45,6 +75,9 @@ def scan_from_carries(
         length: number of steps, at least one.
         rerun: whether a backward pass runs this scan again, as the step of another one. Nobody
             then reads what its last step returns, which is kept out of the loop and so dropped.
+        halved: ``carry -> subtree`` of the leaves of which only the differences to the first carry
+            are kept, in half their precision; None: none. Meant for weights: what begins at zero,
+            as moments do, is all difference.
 
     Returns:
         The last carry and the stacked outputs ``[length, ...]``, to be differentiated in reverse
@@ -73,7 +106,10 @@ def scan_from_carries(
     inputs = dict(enumerate([*closed.consts, *carried, *sliced]))
     moving = {p: leaf for p, leaf in inputs.items() if _is_inexact(leaf)}
     static = {p: leaf for p, leaf in inputs.items() if p not in moving}
-    last, ys = _scan(flat_step, range(start, end), length, rerun, moving, static)
+    numbers = jax.tree.unflatten(jax.tree.structure(carry), list(range(len(carried))))
+    chosen = set() if halved is None else set(jax.tree.leaves(halved(numbers)))
+    pack = [_DIFFERENCE if i in chosen else _WHOLE for i in range(len(carried))]
+    last, ys = _scan(flat_step, range(start, end), length, rerun, pack, moving, static)
     _, y_shapes = shapes
     return (
         jax.tree.unflatten(jax.tree.structure(carry), last),
@@ -86,6 +122,7 @@ def _scan(
     carried: range,
     length: int,
     rerun: bool,
+    packings: Sequence[_Packing],
     moving: _Leaves,
     static: _Leaves,
 ) -> tuple[list[Array], list[Array]]:
@@ -126,13 +163,15 @@ def _scan(
             return (last, ys), (perturbed, constant, kept)
         room = max(length - 1, 1)
         # Zeros made from the leaf vary over the devices of a shard_map as it does.
-        kept = [jnp.broadcast_to(jnp.zeros_like(leaf), (room, *leaf.shape)) for leaf in start]
+        zeros = [p.pack(*2 * [jnp.zeros_like(f)]) for p, f in zip(packings, start, strict=True)]
+        kept = [jnp.broadcast_to(zero, (room, *zero.shape)) for zero in zeros]
 
         def body(state, x):
             carry, kept = state
             index, x = x
             # Step 0 writes where step 1 will: its carry is the caller's.
-            kept = [_put(k, leaf, index) for k, leaf in zip(kept, carry, strict=True)]
+            packed = [p.pack(*each) for p, *each in zip(packings, carry, start, strict=True)]
+            kept = [_put(k, leaf, index) for k, leaf in zip(kept, packed, strict=True)]
             carry, ys = step(at(shared, x, carry))
             return (carry, kept), ys
 
@@ -171,7 +210,10 @@ def _scan(
         def body(state, slices):
             carry_bar, totals = state
             index, x, y_bar = slices
-            carry = [_get(k, leaf, index) for k, leaf in zip(kept, start, strict=True)]
+            carry = [
+                jnp.where(index == 0, first, p.unpack(_get(k, index), first))
+                for p, k, first in zip(packings, kept, start, strict=True)
+            ]
             carry_bar, bars = pull(carry, x, carry_bar, y_bar)
             totals = {p: totals[p] + bars[p] for p in totals}
             return (carry_bar, totals), {p: bars[p] for p in reached if p not in totals}
@@ -194,9 +236,8 @@ def _put(kept: Array, leaf: Array, index: Array) -> Array:
     return jax.lax.dynamic_update_index_in_dim(kept, leaf, jnp.maximum(index - 1, 0), 0)
 
 
-def _get(kept: Array, first: Array, index: Array) -> Array:
-    later = jax.lax.dynamic_index_in_dim(kept, jnp.maximum(index - 1, 0), 0, keepdims=False)
-    return jnp.where(index == 0, first, later)
+def _get(kept: Array, index: Array) -> Array:
+    return jax.lax.dynamic_index_in_dim(kept, jnp.maximum(index - 1, 0), 0, keepdims=False)
 
 
 def _reached(pull: Callable, *arguments: Any) -> list[int]:

@@ -110,6 +110,24 @@ def test_mixed_mode_memory_grows_by_the_fast_weights_and_nested_by_less():
     assert nested <= 0.4 * long
 
 
+def test_a_rounded_trajectory_grows_by_half_the_fast_weights():
+    problem, meta, episode = network()
+    size = fast_bytes(problem, meta)
+    short, long = (
+        temp(jmeta.mixed_mode(problem, steps, remat="rounded"), meta, episode) for steps in (16, 64)
+    )
+    assert (long - short) / 48 <= 0.55 * size
+
+
+def test_a_rounded_trajectory_keeps_the_moments_whole():
+    # Second moments of 1e-10 are nothing in half precision, and a step would divide by them.
+    problem, meta, episode = network()
+    adam = problem._replace(optimizer=lambda meta: jmeta.optim.adam(1e-2))
+    run = lambda mg: jax.jit(lambda m: mg.estimate(m, (), episode, None)[0])(meta)
+    exact = run(jmeta.mixed_mode(adam, 6))
+    assert relative_error(run(jmeta.mixed_mode(adam, 6, remat="rounded")), exact) < 2e-4
+
+
 def test_mixed_mode_stores_no_data_for_its_steps():
     # Meta-parameters that the inner loss never reads and a large batch: neither is kept per step.
     problem, meta, episode = network(width=16, batch=512)

@@ -65,6 +65,52 @@ def test_equals_a_plain_scan(x64, steps):
     assert relative_error(grads, reference) < 1e-13
 
 
+def only_weights(carry):
+    return carry[0]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_rounded_weights_are_off_by_the_rounding(x64, steps):
+    # In float64 differences are kept in float32: 2^-24 of the way from the start.
+    parts = world(steps)
+
+    def rounded(step, carry, xs, length):
+        return scan_from_carries(step, carry, xs, length, halved=only_weights)
+
+    value, grads = gradient(rounded, steps, parts)
+    expected, reference = gradient(plain, steps, parts)
+    assert value == expected
+    error = relative_error(grads, reference)
+    assert error < 1e-6
+    if steps > 1:  # the first step starts from the caller's own weights, the others do not
+        assert error > 1e-12
+
+
+def test_rounded_differences_that_fit_are_not_rounded():
+    # Every weight moves by a multiple of 2^-6: half precision holds the difference, and would not
+    # hold the weight.
+    step = lambda w, x: (w + x, jnp.sum(jnp.sin(w) * w))  # noqa: E731
+    start = 1.0 + jnp.arange(4.0) / 7
+    xs = jnp.asarray([[0.5, 1.0, 0.25, -1.0], [1 / 64, -0.5, 2.0, 0.0], [1.0, 1.0, 0.125, 3.0]])
+
+    def slope(scan):
+        return jax.grad(lambda w: jnp.sum(scan(step, w, xs, 3)[1]))(start)
+
+    rounded = slope(lambda *args: scan_from_carries(*args, halved=lambda w: w))
+    assert relative_error(rounded, slope(scan_from_carries)) < 1e-6
+    halved = jax.grad(lambda w: jnp.sum(jnp.sin(w) * w))(start.astype(jnp.float16))
+    full = jax.grad(lambda w: jnp.sum(jnp.sin(w) * w))(start)
+    assert relative_error(halved.astype(jnp.float32), full) > 1e-5
+
+
+def test_what_halves_do_not_hold_is_kept_whole(x64):
+    # Counters, keys and half precision itself among the weights.
+    parts = world(3)
+    rounded = lambda *args: scan_from_carries(*args, halved=lambda carry: carry)  # noqa: E731
+    _, grads = gradient(rounded, 3, parts)
+    assert relative_error(grads, gradient(plain, 3, parts)[1]) < 1e-6
+
+
 def test_under_vmap(x64):
     parts = world(3)
     stretch = jnp.asarray([1.0, 0.5, -2.0])

@@ -136,6 +136,7 @@ def mixed_mode(
         remat: what the backward pass recomputes. ``"step"`` keeps one set of weights less than
             ``"none"`` and costs nothing where the update is linear in the gradient (SGD); under
             Adam it recomputes the gradients instead of keeping them. ``"nested"``: long loops.
+            ``"rounded"``: ``"step"`` for half the memory, and no longer exact: about 1e-5 off.
         keep: which values of every inner gradient are kept for the backward pass and not computed
             again, a policy of ``jax.checkpoint`` such as ``keep_products(512)``: faster for more
             memory, above all where few weights adapt. Goes with ``remat="none"``.
