@@ -47,6 +47,14 @@ def costs_file(config: Any) -> Path:
     return config.out / "costs.json"
 
 
+def timed(config: Any) -> set[str]:
+    """The methods whose costs are kept."""
+    if not costs_file(config).exists():
+        return set()
+    rows = json.loads(costs_file(config).read_text(encoding="utf-8"))
+    return {row["method"] for row in rows}
+
+
 def keep_costs(config: Any, rows: list[dict[str, Any]]) -> None:
     """Write measured costs."""
     write_atomically(costs_file(config), json.dumps(rows, indent=1) + "\n")
@@ -173,7 +181,7 @@ def notes(config: Any, summary: list[dict[str, Any]]) -> list[str]:
         "static's weights. Transformer-N was trained from scratch for as many steps as both.",
         f"Rates of {SGD}, {RMS}, HSO and the settings of kNN-LM were chosen on validation "
         "documents; those of fast weights and of meta-trained dynamic evaluation were learned.",
-        "Costs are medians of interleaved runs in this process, for the first seed.",
+        "Costs are medians of interleaved runs on four documents at once, in this process.",
     ]
     dynamic = [name for name in (SGD, RMS) if (name, PERPLEXITY) in value]
     if (EXACT, PERPLEXITY) in value and dynamic:

@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,25 +25,13 @@ from jmeta.files import write_atomically
 from jmeta.methods import datastore
 from jmeta.methods.dynamic_evaluation import gradient_statistics
 
-SGD_RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
+SGD_RATES = (3e-3, 0.01, 0.03, 0.1, 0.3)
 RMS_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 DECAYS = (0.0, 0.02)
 HSO_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 KNN_WEIGHTS = (0.05, 0.1, 0.2, 0.3, 0.4)
 KNN_TEMPERATURES = (1.0, 3.0, 10.0, 30.0)
 TIMED, REPEATS = 4, 5
-
-
-class Reader(NamedTuple):
-    """A method that is ready to read.
-
-    Attributes:
-        losses: ``(params, rows) -> [documents, length]``, compiled once for all seeds.
-        params: what is passed to it, of the first seed.
-    """
-
-    losses: Losses
-    params: PyTree
 
 
 def in_batches(losses: Losses, params: PyTree, rows: Rows, batch: int) -> np.ndarray:
@@ -151,19 +139,36 @@ def kept(file: Path) -> tuple[np.ndarray, dict[str, Any]] | None:
         return stored["losses"], json.loads(str(stored["settings"]))
 
 
-def costs(readers: dict[str, Reader], data: Data) -> list[dict[str, Any]]:
-    """Seconds per token and temporary memory of each method, runs interleaved.
+def untuned(config: Any, body: Body, name: str, start: PyTree, trained: PyTree) -> PyTree:
+    """What a method reads with, of the right shapes: time and memory depend on nothing else."""
+    if trained is not None:
+        return trained
+    rate = {"rate": jnp.float32(0.01), "decay": jnp.float32(0.01)}
+    if name == methods_of.SGD:
+        return {"start": start, **rate}
+    if name == methods_of.RMS:
+        return {"start": start, "statistics": jax.tree.map(jnp.abs, start), **rate}
+    if name == methods_of.HSO:
+        return {"params": start, "rate": rate["rate"]}
+    entries, width = config.datastore, body.config.width
+    keys = jax.random.normal(jax.random.key(0), (entries, width))
+    return {"params": start, "store": datastore(keys, jnp.arange(entries) % 256),
+            "weight": jnp.float32(0.1), "temperature": jnp.float32(1)}  # fmt: skip
 
-    The rows of each metric have the ratio to the static model in every round.
-    """
+
+def costs(readers: dict[str, tuple[Losses, PyTree]], data: Data) -> list[dict[str, Any]]:
+    """Seconds per token and temporary memory of each method on a few documents, interleaved."""
     rows = Rows(*(x[:TIMED] for x in data.test))
     compiled: dict[str, tuple[Callable[[], Any], int]] = {}
     for name, (losses, params) in readers.items():
         program = jax.jit(losses).lower(params, rows).compile()
         memory: Any = program.memory_analysis()
-        run = lambda program=program, params=params: jax.block_until_ready(program(params, rows))  # noqa: E731
-        run()
-        compiled[name] = run, int(memory.temp_size_in_bytes)
+
+        def once(program: Any = program, params: PyTree = params) -> None:
+            jax.block_until_ready(program(params, rows))
+
+        once()
+        compiled[name] = once, int(memory.temp_size_in_bytes)
     seconds: dict[str, list[float]] = {name: [] for name in compiled}
     for _ in range(REPEATS):
         for name, (run, _) in compiled.items():

@@ -119,8 +119,8 @@ PRESETS = {
     "demo": Config(),
     # For an accelerator: minutes there, days on two cores.
     "full": Config(
-        vocab=2048, width=256, layers=4, heads=4, length=512, batch=16, base_steps=1000,
-        extra_steps=500, rate=1e-3, datastore=200_000, statistics_batches=100,
+        vocab=2048, width=256, layers=4, heads=4, length=512, batch=16, base_steps=400,
+        extra_steps=300, rate=1e-3, datastore=200_000, statistics_batches=100,
         validation_documents=32, test_documents=128, score_batch=32,
     ),
     "smoke": Config(
@@ -184,9 +184,8 @@ def file_of(config: Config, name: str, seed: int) -> Path:
     return config.out / "scores" / f"{page.slug(name)}-{seed}.npz"
 
 
-def score_seed(config: Config, data: Data, body: Body, made: dict[str, Losses], seed: int) -> Any:
-    """Train and score every method of a seed that is not done; readers of those that were."""
-    ready: dict[str, PyTree] = {}
+def score_seed(config: Config, data: Data, body: Body, made: dict[str, Losses], seed: int) -> None:
+    """Train and score every method of a seed that is not done."""
     learning = learners(config, body, data.vocab)
 
     @functools.cache
@@ -223,23 +222,32 @@ def score_seed(config: Config, data: Data, body: Body, made: dict[str, Losses], 
 
     for name in config.methods:
         file = file_of(config, name, seed)
-        first = seed == config.seed_list[0]
-        if file.exists() and not (first and not page.costs_file(config).exists()):
-            continue
-        params, settings = prepared(name)
-        ready[name] = params
         if file.exists():
             continue
+        params, settings = prepared(name)
         each = scoring.in_batches(made[name], params, data.test, config.score_batch)
         scoring.keep(file, each, settings)
         loss = scoring.mean_loss(each, data.test)
         print(f"{name}, seed {seed}: {loss:.4f} nats per token {settings}", flush=True)
-    return ready
+
+
+def time_all(config: Config, data: Data, body: Body, made: dict[str, Losses]) -> None:
+    """Measure what reading costs, unless it was measured for these methods."""
+    if page.timed(config) == set(config.methods):
+        return
+    start, learning = body.init(jax.random.key(0)), learners(config, body, data.vocab)
+    trained = {name: begin(start, 0) for name, (_, begin) in learning.items()}
+    trained[NGRAM] = methods_of.n_gram(config, data.vocab)[0](jax.random.key(0))
+    readers = {
+        name: (made[name], scoring.untuned(config, body, name, start, trained.get(name)))
+        for name in config.methods
+    }
+    page.keep_costs(config, scoring.costs(readers, data))
 
 
 def run(config: Config) -> None:
     """Train, tune, score, time, and write the run directory."""
-    record(config)
+    record(config, "methods")
     try:
         data = data_of.load(config)
         body = methods_of.make_body(config, data.vocab)
@@ -256,11 +264,9 @@ def run(config: Config) -> None:
         NGRAM: jax.jit(methods_of.n_gram(config, data.vocab)[1]),
     }
     for seed in config.seed_list:
-        ready = score_seed(config, data, body, made, seed)
-        if seed == config.seed_list[0] and not page.costs_file(config).exists():
-            readers = {n: scoring.Reader(made[n], params) for n, params in ready.items()}
-            page.keep_costs(config, scoring.costs(readers, data))
+        score_seed(config, data, body, made, seed)
     if distributed.is_writer():
+        time_all(config, data, body, made)
         page.write(config, data, functools.partial(file_of, config))
 
 
