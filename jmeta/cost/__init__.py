@@ -5,7 +5,7 @@ topology without a TPU, and says what fits; ``collectives`` reads the communicat
 ``fastest`` finds the quickest exact estimator that fits a memory, and ``auto`` is that estimator.
 """
 
-from jmeta.cost.choice import Choice, explain
+from jmeta.cost.choice import Choice, explain, in_words
 from jmeta.cost.choosing import DoesNotFitError, auto, fastest
 from jmeta.cost.hlo import Collective, collectives, wire_bytes
 from jmeta.cost.measured import (
@@ -54,6 +54,7 @@ __all__ = [
     "fastest",
     "flops",
     "gradient_error",
+    "in_words",
     "interleave",
     "markdown",
     "median",

@@ -1,0 +1,294 @@
+"""Second order beside its peers: jmeta, JAX by hand, optax's recipe, torch.func, higher, torchopt.
+
+The same arrays; first all gradients are compared in float64, then they are timed in turns, one
+process to a framework, and the resident memory of each is read in a process of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from benchmarks import peers_jax, peers_problems, peers_torch
+from benchmarks.pieces import Rows, piece
+from jmeta.cost import median
+from jmeta.runtime import config as configuration
+from jmeta.runtime import figures, report, statistics
+
+Kind = Literal["sinusoid", "omniglot", "decoder"]
+Phase = Literal["agreement", "time", "memory"]
+
+REFERENCE = "jmeta, unrolled"  # reverse mode over reverse mode, step by step
+AGREE = 1e-8  # of the largest entry
+PAUSE = 0.3  # seconds between turns, in which the threads of the last framework fall asleep
+FRAMEWORKS = {"jax": peers_jax.ROWS, "torch": peers_torch.ROWS}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(configuration.RunConfig):
+    """Second order in jmeta, in JAX by hand and in PyTorch's libraries."""
+
+    problems: tuple[Kind, ...] = ("sinusoid", "omniglot", "decoder")
+    """Which problems are measured now; those kept in the run directory stay."""
+    phases: tuple[Phase, ...] = ("agreement", "time", "memory")
+    """What is measured now; likewise."""
+    size: Literal["paper", "quick", "smoke"] = "paper"
+    """How large the problems are."""
+    repeats: int = 7
+    """Timed turns of each row."""
+
+
+PRESETS = {
+    "paper": Config(),
+    "quick": Config(size="quick", repeats=5),
+    "smoke": Config(size="smoke", repeats=1),
+}
+
+
+class Worker:
+    """A framework's process and the pipe to it; a class, since it lives between requests."""
+
+    def __init__(self, framework: str, problem: Path) -> None:
+        """Start it."""
+        command = [sys.executable, "-m", "benchmarks.peers_worker", framework, str(problem)]
+        root = Path(__file__).resolve().parents[1]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root
+        )
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Send a request and wait for its answer."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            return {"error": f"the process ended with {self.process.wait()}"}
+        return json.loads(line)
+
+    def end(self) -> None:
+        """Close the pipe; the process ends by itself."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.wait()
+
+
+@contextlib.contextmanager
+def workers(problem: Path, *names: str) -> Iterator[list[Worker]]:
+    """Processes of these frameworks."""
+    started = [Worker(name, problem) for name in names]
+    try:
+        yield started
+    finally:
+        for worker in started:
+            worker.end()
+
+
+def missing(row: str) -> str | None:
+    """Why a row cannot run here, or None."""
+    if row in peers_jax.ROWS:
+        return None
+    for package in ("torch", peers_torch.NEEDS.get(row, "torch")):
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed: pip install 'jmeta[peers]'"
+    return None
+
+
+def runnable() -> list[tuple[str, str]]:
+    """``(framework, row)`` of everything that can run."""
+    pairs = [(framework, row) for framework, rows in FRAMEWORKS.items() for row in rows]
+    return [(framework, row) for framework, row in pairs if missing(row) is None]
+
+
+def agreement(problem: Path, kind: str) -> Rows:
+    """The difference of every float64 gradient to the reference, over its largest entry."""
+    found: dict[str, dict[str, np.ndarray]] = {}
+    rows: Rows = []
+    with tempfile.TemporaryDirectory() as folder, workers(problem, *FRAMEWORKS) as started:
+        by_name = dict(zip(FRAMEWORKS, started, strict=True))
+        for framework, row in runnable():
+            file = Path(folder) / "gradient.npz"
+            reply = by_name[framework].ask(do="gradient", row=row, file=str(file))
+            if "error" in reply:
+                rows.append(failed(kind, row, reply["error"]))
+                continue
+            with np.load(file) as arrays:
+                found[row] = dict(arrays)
+    reference = found[REFERENCE]
+    largest = max(np.abs(g).max() for g in reference.values())
+    for row, grads in found.items():
+        gap = max(float(np.abs(grads[n] - g).max()) for n, g in reference.items()) / largest
+        rows.append(measured(kind, row, "difference", gap))
+        if gap > AGREE and row != peers_jax.FIRST_ORDER:
+            why = f"its float64 gradient differs by {gap:.0e}"
+            if row in peers_jax.ROWS:
+                raise RuntimeError(f"{kind}: {row}: {why}")
+            rows.append(failed(kind, row, why))
+    return rows + [
+        failed(kind, row, why) for row in peers_torch.ROWS if (why := missing(row)) is not None
+    ]
+
+
+def timing(problem: Path, kind: str, repeats: int) -> Rows:
+    """Seconds of every row, in turns; the first turn compiles and warms up."""
+    seconds: dict[str, list[float]] = {row: [] for _, row in runnable()}
+    with workers(problem, *FRAMEWORKS) as started:
+        by_name = dict(zip(FRAMEWORKS, started, strict=True))
+        for repeat in range(repeats + 1):
+            for framework, row in runnable():
+                reply = by_name[framework].ask(do="time", row=row)
+                if repeat and "seconds" in reply:
+                    seconds[row].append(reply["seconds"])
+                time.sleep(PAUSE)
+    rows: Rows = []
+    for row, values in seconds.items():
+        if values:
+            rows.append({"method": row, "seed": 0, "problem": kind, "metric": "seconds",
+                         "values": values})  # fmt: skip
+            rows.append(measured(kind, row, "median seconds", median(values)))
+    return rows
+
+
+def memory(problem: Path, kind: str) -> Rows:
+    """Peak resident memory above the process's own, a fresh process for every row."""
+    rows: Rows = []
+    for framework, row in runnable():
+        with workers(problem, framework) as (worker,):
+            reply = worker.ask(do="memory", row=row)
+        if "peak" in reply:
+            rows.append(measured(kind, row, "peak bytes", reply["peak"]))
+        if reply.get("temp") is not None:
+            rows.append(measured(kind, row, "planned temporaries", reply["temp"]))
+    return rows
+
+
+def measured(kind: str, row: str, metric: str, value: float) -> dict[str, Any]:
+    """One result row."""
+    return {"method": row, "seed": 0, "problem": kind, "metric": metric, "value": value}
+
+
+def failed(kind: str, row: str, why: str) -> dict[str, Any]:
+    """A row that says why there is none."""
+    return measured(kind, row, f"cannot run: {why}", 1.0)
+
+
+def run(config: Config) -> Rows:
+    """Every wanted piece, and those that are kept."""
+    rows: Rows = []
+    for kind in ("sinusoid", "omniglot", "decoder"):
+        with tempfile.TemporaryDirectory() as folder:
+            problem = Path(folder) / "problem.npz"
+            peers_problems.save(peers_problems.given(kind, config.size), problem)
+            makers = {
+                "agreement": lambda p=problem, k=kind: agreement(p, k),
+                "time": lambda p=problem, k=kind: timing(p, k, config.repeats),
+                "memory": lambda p=problem, k=kind: memory(p, k),
+            }
+            for phase, make in makers.items():
+                wanted = kind in config.problems and phase in config.phases
+                name = f"{kind}-{phase}"
+                rows += piece(config.out, name, make, wanted=wanted, resume=config.resume)
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Time and memory of every row, in multiples of the best PyTorch peer's.
+
+    Args:
+        rows: of ``run``, or of a committed result.
+
+    Returns:
+        A Markdown table.
+    """
+    value = {(r["problem"], r["method"], r["metric"]): r["value"] for r in rows if "value" in r}
+    why = {(r["problem"], r["method"]): r["metric"].partition(": ")[2] for r in rows
+           if r["metric"].startswith("cannot run")}  # fmt: skip
+    kinds = list(dict.fromkeys(row["problem"] for row in rows))
+    lines = [
+        "| problem | method | ms | x | MiB | x | float64 difference |",
+        "| --- | --- | --: | --: | --: | --: | --: |",
+    ]
+    for kind in kinds:
+        best = {
+            metric: min(
+                (value[kind, row, metric] for row in peers_torch.ROWS
+                 if (kind, row, metric) in value and (kind, row) not in why),
+                default=None,
+            )
+            for metric in ("median seconds", "peak bytes")
+        }  # fmt: skip
+        for row in (*peers_jax.ROWS, *peers_torch.ROWS):
+            if (kind, row) in why:
+                lines.append(f"| {kind} | {row} | {why[kind, row]} | | | | |")
+                continue
+            cells = []
+            for metric, unit in (("median seconds", 1e-3), ("peak bytes", 2**20)):
+                got = value.get((kind, row, metric))
+                least = best[metric]
+                cells.append("" if got is None else f"{got / unit:.3g}")
+                cells.append("" if got is None or not least else f"{got / least:.2f}")
+            gap = value.get((kind, row, "difference"))
+            cells.append("" if gap is None else f"{gap:.0e}")
+            lines.append(f"| {kind} | {row} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write(config: Config, rows: Rows) -> None:
+    """Results, a figure for each problem, and the report."""
+    summary = statistics.summarise(rows)
+    report.write_results(config.out, rows, summary)
+    pictures = {}
+    for kind in dict.fromkeys(row["problem"] for row in rows):
+        shown = [r for r in rows if r["problem"] == kind
+                 and r["metric"] in ("median seconds", "peak bytes")]  # fmt: skip
+        have = {r["method"] for r in shown}
+        reference = next((r for r in ("torch.autograd", REFERENCE) if r in have), None)
+        metrics = {r["metric"] for r in shown if r["method"] == reference and r["value"] > 0}
+        titles = {"median seconds": "time", "peak bytes": "resident memory"}
+        if reference is not None and metrics:
+            pictures[kind] = figures.cost_figure(
+                config.out / f"peers-{kind}",
+                [r for r in shown if r["value"] > 0],
+                reference=reference,
+                metrics={name: title for name, title in titles.items() if name in metrics},
+                title=kind,
+            )
+    text = table(rows)
+    (config.out / "peers.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+    report.write_report(
+        config.out,
+        "Second order beside its peers",
+        "The same arrays in every framework; ratios are to the best PyTorch peer.",
+        config,
+        summary,
+        pictures,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the benchmark."""
+    config = configuration.parse(PRESETS, argv, description=__doc__)
+    configuration.dump(config, Path(config.out))
+    config = dataclasses.replace(config, out=Path(config.out))
+    write(config, run(config))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""The benchmarks of cost: arrays that all frameworks share, fits against closed forms, tables."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import (
+    auto,
+    cost_page,
+    peers,
+    peers_jax,
+    peers_problems,
+    readme,
+    scaling_laws,
+    what_it_buys,
+)
+from benchmarks.pieces import piece
+
+
+def test_the_page_holds_the_committed_results():
+    text = cost_page.PAGE.read_text(encoding="utf-8")
+    assert text == readme.fill(text, cost_page.places()), "run: python -m benchmarks.cost_page"
+
+
+@pytest.mark.parametrize("kind", ["sinusoid", "omniglot", "decoder"])
+def test_a_problem_goes_to_another_process_and_back(kind, tmp_path):
+    made = peers_problems.given(kind, "smoke")
+    peers_problems.save(made, tmp_path / "problem.npz")
+    again = peers_problems.load(tmp_path / "problem.npz")
+    assert again._replace(params={}, support={}, query={}) == made._replace(
+        params={}, support={}, query={}
+    )
+    for part in ("params", "support", "query"):
+        for name, array in getattr(made, part).items():
+            np.testing.assert_array_equal(getattr(again, part)[name], array)
+            assert array.dtype in (np.float32, np.int32)
+
+
+def test_the_rows_in_jax_agree_in_float64(x64):
+    made = peers_problems.given("sinusoid", "smoke")
+    found = {row: peers_jax.flat(peers_jax.build(made, row, "float64")()) for row in peers_jax.ROWS}
+    reference = found.pop(peers.REFERENCE)
+    first = found.pop(peers_jax.FIRST_ORDER)
+    for grads in found.values():
+        for name, expected in reference.items():
+            np.testing.assert_allclose(grads[name], expected, rtol=1e-9, atol=1e-11)
+    assert max(np.abs(first[n] - g).max() for n, g in reference.items()) > 1e-3
+
+
+def test_a_peer_that_cannot_run_says_why():
+    rows = [
+        peers.measured("sinusoid", "jmeta, mixed_mode", "median seconds", 0.001),
+        peers.measured("sinusoid", "torch.autograd", "median seconds", 0.004),
+        peers.measured("sinusoid", "torch.func", "median seconds", 0.002),
+        peers.measured("sinusoid", "torch.autograd", "peak bytes", 2**20),
+        peers.measured("sinusoid", "jmeta, mixed_mode", "peak bytes", 2**18),
+        peers.failed("sinusoid", "higher", "no such file"),
+    ]
+    lines = peers.table(rows).splitlines()
+    assert "| sinusoid | jmeta, mixed_mode | 1 | 0.50 | 0.25 | 0.25 |  |" in lines
+    assert "| sinusoid | higher | no such file | | | | |" in lines
+
+
+def test_a_wrong_gradient_is_no_peer(monkeypatch, tmp_path):
+    class Fake:
+        def ask(self, *, row, file, **request):
+            np.savez(file, w=np.asarray([1.0, 2.0 + 0.1 * (row == "torch.func")]))
+            return {}
+
+    import contextlib
+
+    monkeypatch.setattr(peers, "workers", lambda *a: contextlib.nullcontext([Fake(), Fake()]))
+    monkeypatch.setattr(peers, "missing", lambda row: None)
+    rows = peers.agreement(tmp_path, "sinusoid")
+    refused = [row["method"] for row in rows if row["metric"].startswith("cannot run")]
+    assert refused == ["torch.func"]
+    monkeypatch.setattr(peers_jax, "FIRST_ORDER", "none")
+    monkeypatch.setattr(
+        Fake, "ask", lambda self, *, row, file, **r: np.savez(file, w=[float(len(row))]) or {}
+    )
+    with pytest.raises(RuntimeError, match="its float64 gradient differs"):
+        peers.agreement(tmp_path, "sinusoid")
+
+
+def test_an_exponent_is_that_of_the_power_law():
+    x = np.asarray([1, 2, 4, 8.0])
+    exact = scaling_laws.exponent(x, 3 * x**1.5)
+    assert exact.mean == pytest.approx(1.5)
+    assert exact.half_width == pytest.approx(0, abs=1e-6)
+    noise = np.exp(0.1 * np.asarray([1, -1, 1, -1]))
+    import scipy.stats
+
+    fitted = scipy.stats.linregress(np.log(x), np.log(3 * x**1.5 * noise))
+    mean, half, _ = scaling_laws.exponent(x, 3 * x**1.5 * noise)
+    assert mean == pytest.approx(fitted.slope)
+    assert half == pytest.approx(scipy.stats.t.ppf(0.975, 2) * fitted.stderr)
+
+
+def test_flops_are_near_the_floor_of_a_matmul_network():
+    size = scaling_laws.Size(steps=4, width=32, tokens=16)
+    made = scaling_laws.point(size)
+    for method, build in scaling_laws.METHODS.items():
+        program = jax.make_jaxpr(
+            lambda m, build=build: build(made.problem, size.steps).estimate(
+                m, (), made.episode, None
+            )[0]
+        )(made.meta)
+        bound = scaling_laws.floor(method, "flops", size, made, 1.0)
+        assert 0.7 < scaling_laws.cost.flops(program) / bound < 1.5, method
+
+
+def test_equal_time_is_by_the_seconds_of_a_step():
+    rows = [
+        {"method": m, "seed": 0, "metric": "seconds of an outer step", "value": s}
+        for m, s in (("exact", 0.02), ("first order", 0.01))
+    ] + [
+        {"method": m, "seed": s, "metric": "mse", "value": n / 100 + s, "outer_steps": n}
+        for m, last in (("exact", 200), ("first order", 600))
+        for n in range(100, last + 1, 100)
+        for s in (0, 1)
+    ]
+    found = what_it_buys.at_equal_time(rows)
+    first = [r for r in found if r["method"] == "first order" and r["seed"] == 0]
+    assert [(r["seconds"], r["value"]) for r in first] == [(2.0, 2.0), (4.0, 4.0)]
+    lines = what_it_buys.table([*rows]).splitlines()
+    assert lines[2].startswith("| 2 | ")
+
+
+def test_a_planner_that_misses_is_said_to():
+    row = {"method": auto.AUTO, "seed": 0, "problem": "decoder", "chosen": "a", "best by hand": "b"}
+    values = {"time / best by hand": 1.02, "bytes / asked": 0.5, "asked bytes": 2**30,
+              "seconds to choose": 3.0, "error": 1e-7}  # fmt: skip
+    good = [row | {"metric": metric, "value": value} for metric, value in values.items()]
+    assert auto.bars(good)[0].endswith("(holds)")
+    slow = [r | {"value": 1.2} if "best" in r["metric"] else r for r in good]
+    assert auto.bars(slow)[0].endswith("(MISSED)")
+    assert "| decoder | 1.0 GiB | a | 512.0 MiB | b | 1.02 | 3 s | 1e-07 |" in auto.table(good)
+
+
+def test_a_piece_is_measured_once(tmp_path):
+    made = []
+
+    def make():
+        made.append(1)
+        return [{"value": float(len(made))}]
+
+    def ask(**how):
+        return piece(tmp_path, "part", make, **how)
+
+    assert ask(wanted=False, resume=False) == []
+    assert ask(wanted=True, resume=True) == [{"value": 1.0}]
+    assert ask(wanted=True, resume=True) == [{"value": 1.0}]
+    assert ask(wanted=False, resume=False) == [{"value": 1.0}]
+    assert ask(wanted=True, resume=False) == [{"value": 2.0}]
+    assert json.loads((tmp_path / "pieces" / "part.json").read_text()) == [{"value": 2.0}]
