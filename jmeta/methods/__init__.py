@@ -1,6 +1,7 @@
 """Published methods, one file each, named as their papers name them."""
 
 from jmeta.methods.anil import anil, learned_body
+from jmeta.methods.bait import Selection, bait, point_factors
 from jmeta.methods.bandits import exp3, ucb
 from jmeta.methods.baselines import Baseline, leave_one_out, moving_average, no_baseline
 from jmeta.methods.cavia import cavia, learned_context
@@ -90,10 +91,7 @@ from jmeta.methods.task2vec import (
     task2vec,
     with_head,
 )
-from jmeta.methods.task_distances import (
-    DISTANCES,
-    distance_matrix,
-)
+from jmeta.methods.task_distances import DISTANCES, distance_matrix
 from jmeta.methods.teacher import pre_training, soft_teacher
 from jmeta.methods.teacher_auxiliary import mlm_auxiliary, two_head_loss
 from jmeta.methods.teacher_checks import check_teacher
@@ -119,6 +117,7 @@ __all__ = [
     "Rewriting",
     "Sampler",
     "SamplerState",
+    "Selection",
     "Student",
     "TaskEmbedding",
     "TeacherState",
@@ -127,6 +126,7 @@ __all__ = [
     "anil",
     "annealed",
     "annealed_mix",
+    "bait",
     "cached_features",
     "cavia",
     "check_teacher",
@@ -193,6 +193,7 @@ __all__ = [
     "paired_losses",
     "panels",
     "per_example",
+    "point_factors",
     "population",
     "pre_training",
     "proximal_start",
