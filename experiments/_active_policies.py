@@ -52,7 +52,9 @@ def nearest_to_centres(pool: Pool, rng: np.random.Generator) -> np.ndarray:
 
     left = np.flatnonzero(~pool.labelled)
     seed = int(rng.integers(2**31))
-    fitted = KMeans(n_clusters=pool.budget, n_init=cast(Any, 4), random_state=seed).fit(pool.x[left])
+    fitted = KMeans(n_clusters=pool.budget, n_init=cast(Any, 4), random_state=seed).fit(
+        pool.x[left]
+    )
     distances = fitted.transform(pool.x[left])
     chosen: list[int] = []
     for cluster in range(pool.budget):

@@ -1,5 +1,6 @@
 """Published methods, one file each, named as their papers name them."""
 
+from jmeta.methods.aloe import ALOEInfo, ALOEState, Sampler, aloe, linear_autoregressive
 from jmeta.methods.anil import anil, learned_body
 from jmeta.methods.bait import Selection, bait, point_factors
 from jmeta.methods.bandits import exp3, ucb
@@ -101,6 +102,8 @@ from jmeta.methods.variational_fisher import variational_precision
 
 __all__ = [
     "DISTANCES",
+    "ALOEInfo",
+    "ALOEState",
     "Baseline",
     "DPSMixState",
     "DPSState",
@@ -123,6 +126,7 @@ __all__ = [
     "TeacherState",
     "Window",
     "activation_penalty",
+    "aloe",
     "anil",
     "annealed",
     "annealed_mix",
@@ -169,6 +173,7 @@ __all__ = [
     "learned_rates",
     "learned_start",
     "leave_one_out",
+    "linear_autoregressive",
     "load_embeddings",
     "loss_proportional",
     "maml",
