@@ -1,6 +1,6 @@
 """Published methods, one file each, named as their papers name them."""
 
-from jmeta.methods.aloe import ALOEInfo, ALOEState, Sampler, aloe, linear_autoregressive
+from jmeta.methods.aloe import ALOEInfo, ALOEState, EditSampler, aloe, linear_autoregressive
 from jmeta.methods.anil import anil, learned_body
 from jmeta.methods.bait import Selection, bait, point_factors
 from jmeta.methods.bandits import exp3, ucb
@@ -109,6 +109,7 @@ __all__ = [
     "DPSState",
     "Datastore",
     "Diversity",
+    "EditSampler",
     "FastWeights",
     "Head",
     "HiddenStateOptimizer",

@@ -10,7 +10,7 @@ import pytest
 
 from jmeta import optim
 from jmeta.methods.aloe import (
-    Sampler,
+    EditSampler,
     aloe,
     draw,
     edit_log_probs,
@@ -38,7 +38,7 @@ def world(scale=0.5):
     shapes = {"in": (N, V, 6), "stop": (6,), "out": (6, N * V)}
     params = {k: scale * jax.random.normal(next(keys), s) for k, s in shapes.items()}
     base = jax.tree.map(lambda p: p + scale * jax.random.normal(next(keys), p.shape), init())
-    return Sampler(sample, log_prob, edits, N, V, LONGEST), {**params, **base}
+    return EditSampler(sample, log_prob, edits, N, V, LONGEST), {**params, **base}
 
 
 def marginal(sampler, params):
