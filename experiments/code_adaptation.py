@@ -55,9 +55,9 @@ VALIDATION, TEST = 10**6, 10**6 + 1
 class Config(configuration.RunConfig):
     """Holes in files of the standard library, and what adapting to the file is worth."""
 
-    vocab: int = 1024
+    vocab: int = 512
     """Size of the byte-level BPE."""
-    window: int = 64
+    window: int = 32
     """Tokens of a support window, and of a hole with its context."""
     support: int = 3
     """Support windows, one inner step on each."""
@@ -65,13 +65,13 @@ class Config(configuration.RunConfig):
     """Tokens of a hole; each is predicted given the ones before it."""
     before: int = 8
     """Windows before a hole's own that dynamic evaluation may read, at most."""
-    width: int = 48
+    width: int = 32
     """Width of the decoder."""
     layers: int = 2
     """Layers of the decoder."""
-    base_steps: int = 700
+    base_steps: int = 800
     """Steps of the base model's training, on rows as long as support and context together."""
-    base_batch: int = 4
+    base_batch: int = 8
     """Rows in each of them."""
     base_lr: float = 2e-3
     """AdamW's rate there, at the start of a cosine decay."""
@@ -98,7 +98,7 @@ class Config(configuration.RunConfig):
 PRESETS = {
     "demo": Config(seeds=3),
     "full": Config(
-        seeds=5, width=128, layers=4, base_steps=8000, base_batch=8, meta_steps=600,
+        seeds=5, vocab=1024, window=64, width=128, layers=4, base_steps=8000, meta_steps=600,
         evaluate_every=60, test_holes=1000,
     ),
     "smoke": Config(
