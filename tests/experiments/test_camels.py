@@ -18,7 +18,7 @@ CONFIG = camels.PRESETS["smoke"]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "camels"
-    camels.main(["--preset", "smoke", "--out", str(out)])
+    camels.main(["--preset", "smoke", "--seeds", "1", "--out", str(out)])
     return out
 
 
@@ -32,7 +32,7 @@ def test_a_run_leaves_everything_the_contract_names(run):
                  "learning.svg"):  # fmt: skip
         assert (run / name).stat().st_size > 0, name
     methods = {json.loads(line)["method"] for line in (run / "metrics.jsonl").open()}
-    assert methods == {"base", "camels, seed 0", "camels, seed 1"}
+    assert methods == {"base", "camels, seed 0"}
 
 
 def test_every_method_is_paired_with_uniform(run):
@@ -45,7 +45,7 @@ def test_every_method_is_paired_with_uniform(run):
             (r["method"], r["seed"]): r["value"] for r in results["rows"] if r["metric"] == metric
         }
         for name in every - {camels.UNIFORM}:
-            gap = np.mean([by[name, s] - by[camels.UNIFORM, s] for s in (0, 1)])
+            gap = by[name, 0] - by[camels.UNIFORM, 0]
             assert found[name]["paired_difference"] == pytest.approx(gap)
     moved = {r["method"]: r["mean"] for r in results["summary"] if r["metric"] == camels.MOVED}
     assert moved.pop(camels.NONE) == 0
@@ -125,4 +125,4 @@ def test_squad_is_split_by_document(jmeta_data):
 
 def test_a_second_run_in_the_same_folder_is_refused(run):
     with pytest.raises(SystemExit, match="add --resume"):
-        camels.main(["--preset", "smoke", "--out", str(run)])
+        camels.main(["--preset", "smoke", "--seeds", "1", "--out", str(run)])
