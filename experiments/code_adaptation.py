@@ -390,8 +390,8 @@ def run(config: Config) -> None:
     shown = [row for row in first if row.get("support", MAIN) == MAIN]
     made = [
         (
-            "Loss of the hole minus that without adaptation, support by shared vocabulary, with 95 % "
-            "intervals; filled where the interval excludes zero.",
+            "Loss of the hole minus that without adaptation, support by shared vocabulary, with "
+            "95 % intervals; filled where the interval excludes zero.",
             figures.forest(config.out / "differences", shown, LOSS),
         ),
         (
