@@ -32,6 +32,7 @@ HSO, KNN, NGRAM = "HSO", "kNN-LM", "Transformer-N"
 METHODS = (STATIC, SGD, RMS, META, BLOCK, FIRST, EXACT, HSO, KNN, NGRAM)
 TRAINED = (STATIC, META, BLOCK, FIRST, EXACT)  # further, from the shared decoder
 UNIGRAM = "unigram"
+SPEED = 10.0  # of learned rates against weights, under one Adam
 
 
 class Body(NamedTuple):
@@ -156,10 +157,12 @@ def rms(meta: PyTree) -> Any:
 
 
 def learned(meta: PyTree) -> Any:
-    """Gradient descent at a learned rate for each leaf; ``rates`` of ``meta`` are logarithms."""
-    return optax.stateless(
-        lambda grads, params: jax.tree.map(lambda g, rate: -jnp.exp(rate) * g, grads, meta["rates"])
-    )
+    """Gradient descent at a learned rate for each leaf; ``rates`` are logarithms over ``SPEED``."""
+
+    def step(grads: PyTree, params: PyTree) -> PyTree:
+        return jax.tree.map(lambda g, rate: -jnp.exp(SPEED * rate) * g, grads, meta["rates"])
+
+    return optax.stateless(step)
 
 
 def hso(body: Body, segment: int) -> Losses:

@@ -37,7 +37,7 @@ def learned_settings(name: str, params: PyTree) -> dict[str, Any]:
     if name in (FIRST, EXACT):
         return {f"step {k}": float(v) for k, v in params["block"]["steps"].items()}
     if name == META:
-        rates = np.exp([float(x) for x in jax.tree.leaves(params["rates"])])
+        rates = np.exp([methods_of.SPEED * float(x) for x in jax.tree.leaves(params["rates"])])
         return {"least rate": float(rates.min()), "largest rate": float(rates.max())}
     return {}
 
@@ -184,7 +184,7 @@ def notes(config: Any, summary: list[dict[str, Any]]) -> list[str]:
         "Costs are medians of interleaved runs on four documents at once, in this process.",
     ]
     dynamic = [name for name in (SGD, RMS) if (name, PERPLEXITY) in value]
-    if (EXACT, PERPLEXITY) in value and dynamic:
+    if (EXACT, COST) in value and dynamic:
         best = min(dynamic, key=lambda name: value[name, PERPLEXITY]["mean"])
         gain = {
             name: np.log(value[STATIC, PERPLEXITY]["mean"] / value[name, PERPLEXITY]["mean"])

@@ -85,7 +85,7 @@ class Config(configuration.RunConfig):
     """Where the learned step sizes of fast weights begin."""
     reference: float = 64.0
     """Tokens that the gradients of fast weights are divided by."""
-    inner_rate: float = 0.1
+    inner_rate: float = 0.01
     """Where the learned rates of dynamic evaluation begin."""
     neighbours: int = 64
     """Entries that kNN-LM looks up."""
@@ -116,7 +116,11 @@ class Config(configuration.RunConfig):
 
 
 PRESETS = {
-    "demo": Config(),
+    # One seed, so that it ends in minutes on two cores: intervals are over documents.
+    "demo": Config(
+        seeds=1, width=64, layers=2, heads=2, length=256, segment=32, base_steps=200,
+        extra_steps=200, validation_documents=8,
+    ),
     # For an accelerator: minutes there, days on two cores.
     "full": Config(
         vocab=2048, width=256, layers=4, heads=4, length=512, batch=16, base_steps=400,
@@ -167,7 +171,7 @@ def learners(config: Config, body: Body, vocab: int) -> dict[str, Any]:
         return {"body": base, "block": fast_weights.init(width, width, key, config.step_size)}
 
     def rates(base: PyTree, seed: int) -> PyTree:
-        start = jnp.log(jnp.float32(config.inner_rate))
+        start = jnp.log(jnp.float32(config.inner_rate)) / methods_of.SPEED
         return {"start": base, "rates": jax.tree.map(lambda _: start, base)}
 
     return {
