@@ -25,10 +25,9 @@ TABLES: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
 
 
 def places(folder: Path = readme.RESULTS) -> dict[str, str | None]:
-    """What each marked place of the page holds; None where its results are not there."""
+    """What each marked place of the page holds: one for each result that is committed."""
     filled: dict[str, str | None] = {}
     for name, make in TABLES.items():
-        filled[name] = None
         if (folder / f"{name}.json").exists():
             result = readme.read(name, folder)
             parts = [str(result["devices"] or ""), f"`{result['command']}`"]
@@ -54,8 +53,11 @@ def publish(runs: Path, folder: Path = readme.RESULTS) -> list[str]:
         found.append(name)
         shutil.copyfile(source / "results.json", folder / f"{name}.json")
         run = json.loads((source / "run.json").read_text(encoding="utf-8"))
-        # A run in pieces is repeated by its preset alone.
-        run["command"] = f"python -m benchmarks.{name} --preset {run['preset']}"
+        # A run in pieces is repeated by its preset, and by the problems that it has.
+        rows = json.loads((source / "results.json").read_text(encoding="utf-8"))["rows"]
+        problems = dict.fromkeys(row["problem"] for row in rows if "problem" in row)
+        only = f" --problems {' '.join(problems)}" if name == "peers" else ""
+        run["command"] = f"python -m benchmarks.{name} --preset {run['preset']}{only}"
         write_atomically(folder / f"{name}.run.json", json.dumps(run, indent=2) + "\n")
         for picture in [*source.glob(f"{name}*.png"), *source.glob(f"{name}*.svg")]:
             shutil.copyfile(picture, folder / picture.name)

@@ -45,8 +45,10 @@ class Config(configuration.RunConfig):
     """What is measured now; likewise."""
     size: Literal["paper", "quick", "smoke"] = "paper"
     """How large the problems are."""
-    repeats: int = 7
+    repeats: int = 5
     """Timed turns of each row."""
+    minutes: float = 60.0
+    """No new turn begins after this many."""
 
 
 PRESETS = {
@@ -145,12 +147,15 @@ def agreement(problem: Path, kind: str) -> Rows:
     ]
 
 
-def timing(problem: Path, kind: str, repeats: int) -> Rows:
+def timing(problem: Path, kind: str, repeats: int, minutes: float) -> Rows:
     """Seconds of every row, in turns; the first turn compiles and warms up."""
+    end = time.monotonic() + 60 * minutes
     seconds: dict[str, list[float]] = {row: [] for _, row in runnable()}
     with workers(problem, *FRAMEWORKS) as started:
         by_name = dict(zip(FRAMEWORKS, started, strict=True))
         for repeat in range(repeats + 1):
+            if repeat > 1 and time.monotonic() > end:
+                break
             for framework, row in runnable():
                 reply = by_name[framework].ask(do="time", row=row)
                 if repeat and "seconds" in reply:
@@ -165,17 +170,12 @@ def timing(problem: Path, kind: str, repeats: int) -> Rows:
     return rows
 
 
-def memory(problem: Path, kind: str) -> Rows:
-    """Peak resident memory above the process's own, a fresh process for every row."""
-    rows: Rows = []
-    for framework, row in runnable():
-        with workers(problem, framework) as (worker,):
-            reply = worker.ask(do="memory", row=row)
-        if "peak" in reply:
-            rows.append(measured(kind, row, "peak bytes", reply["peak"]))
-        if reply.get("temp") is not None:
-            rows.append(measured(kind, row, "planned temporaries", reply["temp"]))
-    return rows
+def memory(problem: Path, kind: str, framework: str, row: str) -> Rows:
+    """Peak resident memory of one row above what its process, a fresh one, held before."""
+    with workers(problem, framework) as (worker,):
+        reply = worker.ask(do="memory", row=row)
+    found = {"peak bytes": reply.get("peak"), "planned temporaries": reply.get("temp")}
+    return [measured(kind, row, metric, v) for metric, v in found.items() if v is not None]
 
 
 def measured(kind: str, row: str, metric: str, value: float) -> dict[str, Any]:
@@ -197,12 +197,15 @@ def run(config: Config) -> Rows:
             peers_problems.save(peers_problems.given(kind, config.size), problem)
             makers = {
                 "agreement": lambda p=problem, k=kind: agreement(p, k),
-                "time": lambda p=problem, k=kind: timing(p, k, config.repeats),
-                "memory": lambda p=problem, k=kind: memory(p, k),
+                "time": lambda p=problem, k=kind: timing(p, k, config.repeats, config.minutes),
             }
-            for phase, make in makers.items():
-                wanted = kind in config.problems and phase in config.phases
-                name = f"{kind}-{phase}"
+            makers |= {
+                f"memory-{row}": lambda p=problem, k=kind, f=framework, r=row: memory(p, k, f, r)
+                for framework, row in runnable()
+            }
+            for part, make in makers.items():
+                wanted = kind in config.problems and part.partition("-")[0] in config.phases
+                name = f"{kind}-{part}".replace(" ", "_").replace(",", "")
                 rows += piece(config.out, name, make, wanted=wanted, resume=config.resume)
     return rows
 

@@ -35,13 +35,13 @@ TEXT = ("fewshot_text-demo", "fewshot_text-clinc150")
 class Config(configuration.RunConfig):
     """Exact MAML against first order at equal wall-clock."""
 
-    seeds: int = 5
+    seeds: int = 3
     """Trained side by side, each with its own start and tasks."""
-    steps: int = 6000
+    steps: int = 3000
     """Outer steps of exact MAML."""
     longest: float = 3.0
     """First order trains for this many times as many."""
-    looks: int = 12
+    looks: int = 6
     """How often exact MAML is scored on test tasks."""
     test_tasks: int = 300
     """Held-out tasks."""
