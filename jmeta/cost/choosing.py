@@ -262,7 +262,7 @@ def _search(
         return best, tried
     tried = [
         trial._replace(note="inexact here: a custom derivative is not symmetric")
-        if trial.variant.estimator == "mixed_mode"
+        if trial.variant.estimator != "unrolled"
         else trial
         for trial in tried
     ]

@@ -6,6 +6,7 @@ are mapped together.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -17,12 +18,18 @@ from jmeta.core.autodiff import Remat
 from jmeta.core.checks import NotDifferentiableError
 from jmeta.core.estimators import mixed_mode, unrolled
 from jmeta.core.inner import Objective, final
+from jmeta.core.kept import keep_products
 from jmeta.core.over_tasks import over_tasks
 from jmeta.core.types import MetaGradient, Problem
 from jmeta.cost import topology as machines
 from jmeta.cost.measured import flops
 
-ESTIMATORS = {"mixed_mode": mixed_mode, "unrolled": unrolled}
+KEEPING = "mixed_mode, products kept"
+ESTIMATORS = {
+    "mixed_mode": mixed_mode,
+    KEEPING: functools.partial(mixed_mode, keep=keep_products()),
+    "unrolled": unrolled,
+}
 MICROBATCHES = 4  # how many sizes of a microbatch are tried at most
 
 
@@ -30,7 +37,7 @@ class Variant(NamedTuple):
     """One way to compute the exact meta-gradient; everything in it is a word or a number.
 
     Attributes:
-        estimator: ``mixed_mode`` or ``unrolled``.
+        estimator: a name in ``ESTIMATORS``.
         remat: what the backward pass recomputes: ``none``, ``step`` or ``nested``.
         microbatch: how many tasks are mapped together; None where there is one episode.
     """
@@ -91,7 +98,12 @@ def variants(steps: int, microbatch: int | None = None) -> list[Variant]:
     remats: tuple[Remat, ...] = ("none",)
     if steps > 0:
         remats = ("none", "step", "nested") if steps >= 4 else ("none", "step")
-    return [Variant(name, remat, microbatch) for remat in remats for name in ESTIMATORS]
+    return [
+        Variant(name, remat, microbatch)
+        for remat in remats
+        for name in ESTIMATORS
+        if remat == "none" or name != KEEPING  # what is kept is not computed again
+    ]
 
 
 def microbatches(tasks: int | None) -> list[int | None]:
