@@ -207,8 +207,8 @@ def entropy_gradient(phi: Array) -> Array:
     r"""The gradient of the entropy of ``softmax(phi)``: :math:`-p_j (\log p_j + H(p))`.
 
     Example:
-        >>> entropy_gradient(jnp.zeros(3)).round(6).tolist()  # none is more uniform
-        [0.0, 0.0, 0.0]
+        >>> bool(jnp.abs(entropy_gradient(jnp.zeros(3))).max() < 1e-6)  # none is more uniform
+        True
     """
     log_p = jax.nn.log_softmax(phi)
     p = jnp.exp(log_p)
@@ -287,8 +287,8 @@ def mometas(
         >>> learner = mometas(2, entropy=0.0)
         >>> state = learner.update(learner.init(), jnp.zeros(2), jnp.array([1.0, 1.0]))  # notes
         >>> state = learner.update(state, jnp.array([9.0, 1.0]), jnp.array([0.5, 1.0]))
-        >>> learner.probabilities(state).round(2).tolist()  # the window that drew more of 0 paid
-        [0.6000000238418579, 0.4000000059604645]
+        >>> [round(float(p), 2) for p in learner.probabilities(state)]  # drawing more of 0 paid
+        [0.6, 0.4]
 
     Source: Wu et al., "Adaptive Sampling over Pre-training Objectives via Meta-learning", Findings
     of EMNLP (2022), and its released code.
