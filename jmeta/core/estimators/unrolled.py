@@ -44,7 +44,8 @@ def unrolled(
         objective: ``final``, ``multi_step(weights)`` or ``online``.
         persistent: keep the inner loop's state from one estimate to the next (truncated
             backpropagation through time), instead of starting anew from ``problem.init``.
-        remat: ``"none"``, ``"step"`` or ``"nested"``: what the backward pass recomputes.
+        remat: ``"none"``, ``"step"`` or ``"nested"``: what the backward pass recomputes; with
+            ``"rounded"`` the gradient is no longer exact, see ``mixed_mode``.
         grad: how inner gradients are differentiated.
 
     Returns:
