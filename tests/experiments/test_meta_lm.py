@@ -182,15 +182,15 @@ def test_corpora(config, monkeypatch):
 def test_embedded_tasks_need_no_data(config, monkeypatch):
     monkeypatch.delenv("JMETA_DATA")
     for name in data_of.EMBEDDED:
-        train, val = (data_of._examples(name, split) for split in ("train", "val"))
+        train, val = (data_of.read_examples(name, split) for split in ("train", "val"))
         counts = np.bincount([int(each.label) for each in train])
         assert max(counts) - min(counts) <= 1
         assert len(counts) == len(data_of.TASKS[name].classes)
         assert not {(each.a, each.b) for each in train} & {(each.a, each.b) for each in val}
-    package = data_of._examples("Package", "train")
+    package = data_of.read_examples("Package", "train")
     assert not any(data_of._PACKAGES[int(each.label)] in each.a for each in package)
     with pytest.raises(ValueError, match="Package has no test split"):
-        data_of._examples("Package", "test")
+        data_of.read_examples("Package", "test")
 
 
 def test_questions_are_not_cut_and_what_is_trivial(data):
