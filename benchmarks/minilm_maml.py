@@ -51,7 +51,7 @@ class Config(configuration.RunConfig):
     """Whether layers are scanned or looped over."""
     remat: Literal["none", "dots", "hidden", "full"] = "none"
     """What the backward pass recomputes in each branch of a block."""
-    keep: int = 300
+    keep: int = 64
     """The entries that a product contracts at least, to be kept and not computed again."""
     repeats: int = 7
     """Timed runs of each method, interleaved."""

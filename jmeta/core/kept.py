@@ -5,6 +5,7 @@ A float of a product costs two operations for each entry contracted: long ones a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -23,9 +24,12 @@ def keep_products(at_least: int = 1) -> Policy:
     ``down``, and the cotangents before ``up`` and ``qkv``) are two fifths of what mixed mode
     recomputes, for three floats a token, layer and width.
 
+    A product with a batch axis is kept where its output is no larger than what it is made of: in
+    attention those that contract over time (its output, and the cotangents of queries, keys and
+    values), not the scores of all pairs of tokens.
+
     Args:
-        at_least: the fewest entries that a product is kept for; 1 keeps all products without a
-            batch axis, which leaves out those of attention.
+        at_least: the fewest entries that a product is kept for.
 
     Returns:
         A policy for ``jmeta.mixed_mode(keep=)``.
@@ -49,10 +53,12 @@ def keep_products(at_least: int = 1) -> Policy:
         if primitive.name != "dot_general":
             return False
         (contracted, _), (batch, _) = parameters["dimension_numbers"]
-        size = 1
-        for axis in contracted:
-            size *= values[0].shape[axis]
-        return not batch and size >= at_least
+        left, right = (value.shape for value in values)
+        length = math.prod(left[axis] for axis in contracted)
+        shared = math.prod(left[axis] for axis in batch)
+        read = math.prod(left) + math.prod(right)
+        written = math.prod(left) * math.prod(right) // max(1, length**2 * shared)
+        return length >= at_least and (not batch or written <= read)
 
     return policy
 
