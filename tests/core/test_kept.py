@@ -20,8 +20,10 @@ def products(policy, heads=2, time=16, columns=4):
     shape = jax.ShapeDtypeStruct((heads, time, columns), jnp.float64)
     inputs = (shape, shape, shape)
 
+    def gradient(point):
+        return jax.grad(attention_loss)(point), {}
+
     def tangents(inputs, directions):
-        gradient = lambda point: (jax.grad(attention_loss)(point), {})
         return linearised(gradient, inputs, policy)[1](directions)
 
     # The first pass computes each product once, whatever is kept; the rest are repetitions.
@@ -39,7 +41,7 @@ def test_attention_keeps_what_contracts_over_time_and_not_the_scores_of_all_pair
     assert products(jmeta.keep_products(), time=4, columns=32) == everything
 
 
-@pytest.mark.parametrize("at_least, same_as", [(16, 1), (17, None)])
+@pytest.mark.parametrize(("at_least", "same_as"), [(16, 1), (17, None)])
 def test_a_product_with_a_batch_axis_is_kept_for_its_length_too(at_least, same_as):
     found = products(jmeta.keep_products(at_least))
     if same_as:
