@@ -20,7 +20,7 @@ import optax
 
 import jmeta
 from jmeta import cost
-from jmeta.core.autodiff import Remat
+from jmeta.core.steps import Remat
 from jmeta.core.types import Episode, MetaGradient, Problem, PyTree, Steps
 from jmeta.methods.maml import learned_start
 from jmeta.models import conv, losses, mlp, transformer

@@ -1,4 +1,4 @@
-"""The three ways to differentiate an inner gradient, and scans that trade time for memory.
+"""The three ways to differentiate an inner gradient.
 
 An inner gradient is ``(fast, meta, batch, key) -> (loss, aux, grads)``; they differ only in what
 the derivative of ``grads`` is.
@@ -7,9 +7,8 @@ the derivative of ``grads`` is.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +17,10 @@ from jax.extend import core as jex
 
 from jmeta.core.kept import Policy, linearised
 from jmeta.core.tracing import contains, dense, is_primal, variables_read
-from jmeta.core.trajectory import scan_from_carries
-from jmeta.core.tree import names
 from jmeta.core.types import Array, Key, LossFn, PyTree
 
 InnerGradFn: TypeAlias = Callable[[PyTree, PyTree, PyTree, Key], tuple[Array, PyTree, PyTree]]
 GradTransform: TypeAlias = Callable[[LossFn], InnerGradFn]
-Remat: TypeAlias = Literal["none", "step", "nested", "rounded"]
 
 
 def reverse_grad(loss: LossFn) -> InnerGradFn:
@@ -287,113 +283,3 @@ def _primitive(
 
     inner_gradient.defvjp(forward, backward, symbolic_zeros=True)
     return inner_gradient(weights, moving, static)
-
-
-def scan_steps(
-    step: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]],
-    carry: PyTree,
-    xs: PyTree,
-    length: int,
-    remat: Remat = "none",
-    weights: Callable[[PyTree], PyTree] | None = None,
-) -> tuple[PyTree, PyTree]:
-    r"""``jax.lax.scan`` over inner steps, with a choice of what the backward pass recomputes.
-
-    ``"none"`` stores every step's residuals; ``"step"`` stores the carries between steps and
-    recomputes each step; ``"nested"`` stores the carry of every block of about :math:`\sqrt{T}`
-    steps and recomputes those within a block at a time, so that memory grows as
-    :math:`O(\sqrt T)` for at most one more forward pass. ``"rounded"`` is ``"step"`` with the
-    weights among the carries kept as differences from the first ones, in half their precision:
-    half the memory, and a derivative at weights that are off by :math:`2^{-11}` of their way.
-
-    Args:
-        step: ``(carry, x) -> (carry, y)``.
-        carry: the initial carry.
-        xs: a pytree of arrays ``[length, ...]``.
-        length: number of steps, at least one.
-        remat: which of the four.
-        weights: ``carry -> subtree``, what ``"rounded"`` rounds; None: nothing.
-
-    Returns:
-        The last carry and the stacked outputs ``[length, ...]``.
-
-    Raises:
-        ValueError: an unknown ``remat``.
-        TypeError: the carry that a step returns differs from the one that it took.
-
-    Example:
-        >>> add = lambda carry, x: (carry + x, carry)
-        >>> carry, ys = scan_steps(add, 0.0, jnp.arange(4.0), 4, "nested")
-        >>> float(carry), ys.tolist()
-        (6.0, [0.0, 0.0, 1.0, 3.0])
-    """
-    if remat not in get_args(Remat):
-        raise ValueError(f"remat is {remat!r}; choose one of {', '.join(get_args(Remat))}")
-    if remat == "none" and length == 1:
-        # Outside a loop, what nobody reads of the only step's cotangents is not computed: those of
-        # a student that lives on, for one. As a function of its own, as a scan's body is, it takes
-        # numpy's arrays too.
-        last, y = jax.jit(step)(carry, jax.tree.map(lambda x: x[0], xs))
-        _require_same_types(carry, last)
-        return last, jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], y)
-    if remat == "none":
-        return jax.lax.scan(step, carry, xs, length=length)
-    if remat == "rounded":
-        return scan_from_carries(step, carry, xs, length, halved=weights)
-    if remat == "step" or length < 4:
-        return scan_from_carries(step, carry, xs, length)
-    size = block_length(length)
-    count = length // size
-    whole = count * size
-
-    def block(carry: PyTree, xs: PyTree) -> tuple[PyTree, PyTree]:
-        return scan_from_carries(step, carry, xs, size, rerun=True)
-
-    blocks = jax.tree.map(lambda x: x[:whole].reshape(count, size, *x.shape[1:]), xs)
-    carry, ys = scan_from_carries(block, carry, blocks, count)
-    ys = jax.tree.map(lambda y: y.reshape(whole, *y.shape[2:]), ys)
-    if whole < length:  # a prime number of steps: the last few are a shorter block
-        tail = jax.tree.map(lambda x: x[whole:], xs)
-        carry, more = scan_from_carries(step, carry, tail, length - whole)
-        ys = jax.tree.map(lambda y, m: jnp.concatenate([y, m]), ys, more)
-    return carry, ys
-
-
-def _require_same_types(before: PyTree, after: PyTree) -> None:
-    """Refuse a carry that a second step could not take, as a scan does."""
-    if jax.tree.structure(before) != jax.tree.structure(after):
-        raise TypeError(
-            f"a step takes the carry {jax.tree.structure(before)} and returns "
-            f"{jax.tree.structure(after)}: they must have the same structure"
-        )
-    for name, *leaves in zip(
-        names(before), jax.tree.leaves(before), jax.tree.leaves(after), strict=True
-    ):
-        old, new = map(jax.typeof, leaves)
-        # A weak type is that of a Python number, which becomes what the step makes of it.
-        weak = getattr(old, "weak_type", False)
-        if old.shape != new.shape or (old.dtype != new.dtype and not weak):
-            raise TypeError(
-                f"a step takes the leaf {name!r} of the carry as {old.str_short()} and returns it "
-                f"as {new.str_short()}: they must be the same"
-            )
-
-
-def block_length(length: int) -> int:
-    r"""The number of steps in one block of a nested scan.
-
-    Args:
-        length: number of steps in all.
-
-    Returns:
-        The divisor nearest to :math:`\sqrt{T}`, or :math:`\lfloor\sqrt T\rfloor` where every
-        divisor is further from it than a factor of two.
-
-    Example:
-        >>> block_length(64), block_length(12), block_length(13)
-        (8, 3, 3)
-    """
-    root = math.sqrt(length)
-    divisors = [d for d in range(1, length + 1) if length % d == 0]
-    best = min(divisors, key=lambda d: abs(d - root))
-    return best if root / 2 <= best <= root * 2 else math.isqrt(length)

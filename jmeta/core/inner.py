@@ -12,14 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jmeta.core.autodiff import (
-    GradTransform,
-    Remat,
-    is_mixed_mode,
-    reverse_grad,
-    scan_steps,
-)
+from jmeta.core.autodiff import GradTransform, is_mixed_mode, reverse_grad
 from jmeta.core.scaling import common_factor, scaled
+from jmeta.core.steps import Remat, scan_steps
 from jmeta.core.types import Array, Episode, Key, LossFn, Problem, PyTree, Steps, no_encoding
 
 

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jmeta.core.autodiff import Remat
 from jmeta.core.checks import NotDifferentiableError
 from jmeta.core.estimators import mixed_mode, unrolled
 from jmeta.core.inner import Objective, final
 from jmeta.core.kept import keep_products
 from jmeta.core.over_tasks import over_tasks
+from jmeta.core.steps import Remat
 from jmeta.core.types import MetaGradient, Problem
 from jmeta.cost import topology as machines
 from jmeta.cost.measured import flops

@@ -11,9 +11,10 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 
-from jmeta.core.autodiff import GradTransform, Remat, mixed_mode_grad
+from jmeta.core.autodiff import GradTransform, mixed_mode_grad
 from jmeta.core.estimators.unrolled import unrolled
 from jmeta.core.inner import keys
+from jmeta.core.steps import Remat
 from jmeta.core.tree import global_norm
 from jmeta.core.types import Array, Episode, Info, Key, MetaGradient, Problem, PyTree
 from jmeta.methods.rewriting import Batch, Relaxation, Rewriting, expected, of_heads

@@ -12,13 +12,12 @@ import pytest
 import jmeta
 from jmeta import Episode, Problem, Steps
 from jmeta.core.autodiff import (
-    block_length,
     mixed_mode_grad,
     reverse_grad,
-    scan_steps,
     stopped_grad,
     variables_read,
 )
+from jmeta.core.steps import block_length, scan_steps
 from jmeta.testing import relative_error
 
 pytestmark = pytest.mark.usefixtures("x64")

@@ -110,6 +110,18 @@ def test_mixed_mode_memory_grows_by_the_fast_weights_and_nested_by_less():
     assert nested <= 0.4 * long
 
 
+@pytest.mark.parametrize(("steps", "again"), [(8, 3), (16, 9), (13, 8)])
+def test_nested_runs_again_what_is_neither_last_in_its_block_nor_in_the_last_block(steps, again):
+    problem, meta, episode = network(width=32, batch=128)
+
+    def work(mg):
+        return flops(jax.make_jaxpr(lambda m: mg.estimate(m, (), episode, None)[0])(meta))
+
+    whole, nested = (work(jmeta.mixed_mode(problem, steps, remat=r)) for r in ("step", "nested"))
+    one = work(jmeta.first_order(problem, 2)) - work(jmeta.first_order(problem, 1))
+    assert nested - whole == pytest.approx(again * one, rel=0.02)
+
+
 def test_a_rounded_trajectory_grows_by_half_the_fast_weights():
     problem, meta, episode = network()
     size = fast_bytes(problem, meta)

@@ -11,16 +11,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jmeta.core.autodiff import (
-    GradTransform,
-    Remat,
-    mixed_mode_grad,
-    reverse_grad,
-    stopped_grad,
-)
+from jmeta.core.autodiff import GradTransform, mixed_mode_grad, reverse_grad, stopped_grad
 from jmeta.core.checks import differentiating, losses_at_start, require_dependence
 from jmeta.core.inner import InnerLoop, InnerState, Objective, final, inner_loop, keys, start
 from jmeta.core.kept import Policy
+from jmeta.core.steps import Remat
 from jmeta.core.tree import global_norm, require_inexact
 from jmeta.core.types import Episode, Info, Key, MetaGradient, Problem, PyTree, Steps
 
