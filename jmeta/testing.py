@@ -75,7 +75,8 @@ def quadratic(dim: int = 5, rate: float = 0.1, seed: int = 0) -> Quadratic:
     Example:
         >>> from jmeta.core.estimators.unrolled import unrolled
         >>> q = quadratic()
-        >>> grads, _, _ = unrolled(q.problem, steps=3).estimate(q.meta, (), q.episode, None)
+        >>> mg = unrolled(q.problem, steps=3)
+        >>> grads, _, _ = jax.jit(mg.estimate)(q.meta, (), q.episode, None)
         >>> bool(jnp.allclose(grads, q.exact(3), atol=1e-5))
         True
     """

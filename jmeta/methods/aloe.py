@@ -125,7 +125,8 @@ def edit_log_probs(sampler: EditSampler, params: PyTree, x: Array) -> tuple[Arra
         >>> base = linear_autoregressive(2, 2)
         >>> flat = lambda params, x: (jnp.asarray(0.0), jnp.zeros((2, 2)))
         >>> sampler = EditSampler(*base[1:], flat, 2, 2, 1)
-        >>> stop, go, edits = edit_log_probs(sampler, {}, jnp.zeros(2, int))
+        >>> probs = jax.jit(lambda x: edit_log_probs(sampler, {}, x))
+        >>> stop, go, edits = probs(jnp.zeros(2, int))
         >>> jnp.exp(edits).round(2).tolist()
         [[0.0, 0.5], [0.0, 0.5]]
     """
@@ -189,7 +190,8 @@ def log_marginal(
         >>> init, sample, log_prob = linear_autoregressive(2, 2)
         >>> flat = lambda params, x: (jnp.asarray(0.0), jnp.zeros((2, 2)))
         >>> sampler, x = EditSampler(sample, log_prob, flat, 2, 2, 1), jnp.zeros(2, int)
-        >>> value, w = log_marginal(sampler, init(), x, jax.random.key(0), count=4)
+        >>> estimate = jax.jit(lambda x, key: log_marginal(sampler, init(), x, key, count=4))
+        >>> value, w = estimate(x, jax.random.key(0))
         >>> w.shape, round(float(w.sum()), 6)
         ((4,), 1.0)
 
@@ -314,7 +316,8 @@ def aloe(
         >>> field = lambda params, x: (params * x).sum()
         >>> init, step = aloe(field, sampler, optax.adam(0.1), optax.adam(0.1), samples=8)
         >>> params = {**base(), "stop": jnp.zeros(()), "scores": jnp.zeros((2, 2))}
-        >>> state, info = step(init(jnp.zeros(2), params), jnp.ones((4, 2), int), jax.random.key(0))
+        >>> data, step = jnp.ones((4, 2), int), jax.jit(step)
+        >>> state, info = step(init(jnp.zeros(2), params), data, jax.random.key(0))
         >>> bool(jnp.all(state.energy > 0))  # the data are ones
         True
 

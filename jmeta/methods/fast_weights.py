@@ -289,7 +289,8 @@ def features(
     Example:
         >>> block, table = init(6, 4, jax.random.key(0)), jnp.ones((9, 4))
         >>> labels, weights = next_tokens(jnp.arange(7)[None])
-        >>> features(FastWeights(), block, table, jnp.ones((1, 7, 6)), labels, weights).shape
+        >>> run = jax.jit(features, static_argnums=0)
+        >>> run(FastWeights(), block, table, jnp.ones((1, 7, 6)), labels, weights).shape
         (1, 7, 4)
     """
     memory = init_memory(params, states.shape[0])
@@ -362,7 +363,8 @@ def loss(
     Example:
         >>> block, table = init(6, 4, jax.random.key(0)), jnp.zeros((9, 4))
         >>> labels, weights = next_tokens(jnp.arange(7)[None])
-        >>> value, aux = loss(FastWeights(), block, table, jnp.ones((1, 7, 6)), labels, weights)
+        >>> run = jax.jit(loss, static_argnums=0)
+        >>> value, aux = run(FastWeights(), block, table, jnp.ones((1, 7, 6)), labels, weights)
         >>> print(value.round(4), aux["tokens"])  # log 9
         2.1972 6.0
     """

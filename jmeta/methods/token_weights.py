@@ -266,7 +266,7 @@ def token_weights(
         ...     jnp.zeros((3, 3)), optax.sgd(0.3), locality=0.0)
         >>> mg = jmeta.mixed_mode(problem, 1)
         >>> episode = jmeta.Episode(batch, {"questions": asked})
-        >>> slope = mg.estimate(jnp.ones(3), (), episode, None)[0]
+        >>> slope = jax.jit(mg.estimate)(jnp.ones(3), (), episode, None)[0]
         >>> print([f"{each:.4f}" for each in slope])  # 2 should weigh more
         ['0.0000', '0.0000', '-0.0644']
 
@@ -337,7 +337,8 @@ def weight_slopes(
         ...     lambda params, batch, key: params[batch["tokens"]], uniform, jnp.zeros((3, 3)),
         ...     optax.sgd(0.3))
         >>> episode = Episode(batch, {"questions": asked})
-        >>> slopes = weight_slopes(problem, 1, (), episode)[0]  # the answer's helps, if read more
+        >>> slopes_of = jax.jit(lambda episode: weight_slopes(problem, 1, (), episode))
+        >>> slopes = slopes_of(episode)[0]  # the answer's helps, if read more
         >>> int(slopes.argmin()), f"{slopes[2]:.4f}"
         (2, '-0.0644')
     """

@@ -118,11 +118,13 @@ def hidden(
     Example:
         >>> from jmeta.models import transformer
         >>> config = transformer.TransformerConfig(vocab=11, width=8, layers=2, heads=2, max_len=9)
-        >>> params = transformer.init(config, jax.random.key(0))
+        >>> params = jax.jit(transformer.init, static_argnums=0)(config, jax.random.key(0))
         >>> tokens, past = jnp.arange(6), none_yet(config, 6)
-        >>> _, new = hidden(config, params, past, tokens[:4])
-        >>> states, _ = hidden(config, params, slide(past, new), tokens[4:])
-        >>> bool(jnp.allclose(states, transformer.hidden(config, params, tokens)[4:], atol=1e-5))
+        >>> read = jax.jit(hidden, static_argnums=0)
+        >>> _, new = read(config, params, past, tokens[:4])
+        >>> states, _ = read(config, params, slide(past, new), tokens[4:])
+        >>> whole = jax.jit(transformer.hidden, static_argnums=0)(config, params, tokens)
+        >>> bool(jnp.allclose(states, whole[4:], atol=1e-5))
         True
     """
     if not getattr(config, "causal", True):

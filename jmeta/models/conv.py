@@ -43,7 +43,7 @@ def init(
 
     Example:
         >>> params = init(jax.random.key(0), classes=5, filters=8)
-        >>> apply(params, jnp.ones((2, 28, 28, 1))).shape
+        >>> jax.jit(apply)(params, jnp.ones((2, 28, 28, 1))).shape
         (2, 5)
     """
     left = size >> blocks

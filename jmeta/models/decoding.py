@@ -52,7 +52,7 @@ def init_cache(
     Example:
         >>> from jmeta.models import transformer
         >>> config = TransformerConfig(vocab=11, width=8, layers=2, heads=2, max_len=5)
-        >>> params = transformer.init(config, jax.random.key(0))
+        >>> params = jax.jit(transformer.init, static_argnums=0)(config, jax.random.key(0))
         >>> init_cache(config, params, batch=3).keys[0].shape
         (3, 2, 5, 4)
     """
@@ -85,11 +85,12 @@ def extend(
     Example:
         >>> from jmeta.models import transformer
         >>> config = TransformerConfig(vocab=11, width=8, layers=2, heads=2, max_len=5)
-        >>> params = transformer.init(config, jax.random.key(0))
-        >>> cache = init_cache(config, params, batch=1)
-        >>> first, cache = extend(config, params, cache, jnp.array([[3, 4]]))
-        >>> then, cache = extend(config, params, cache, jnp.array([[5]]))
-        >>> whole = transformer.hidden(config, params, jnp.array([[3, 4, 5]]))
+        >>> params = jax.jit(transformer.init, static_argnums=0)(config, jax.random.key(0))
+        >>> cache, run = init_cache(config, params, batch=1), jax.jit(extend, static_argnums=0)
+        >>> first, cache = run(config, params, cache, jnp.array([[3, 4]]))
+        >>> then, cache = run(config, params, cache, jnp.array([[5]]))
+        >>> hidden = jax.jit(transformer.hidden, static_argnums=0)
+        >>> whole = hidden(config, params, jnp.array([[3, 4, 5]]))
         >>> bool(jnp.allclose(then[0, 0], whole[0, 2], atol=1e-5)), int(cache.length)
         (True, 3)
     """

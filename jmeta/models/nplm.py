@@ -154,7 +154,8 @@ def init(config: TransformerConfig, context: Context, key: Array) -> Params:
 
     Example:
         >>> config = TransformerConfig(vocab=11, width=8, layers=2, heads=2, max_len=5)
-        >>> params = init(config, Context(last=3, middle=16), jax.random.key(0))
+        >>> make = jax.jit(init, static_argnums=(0, 1))
+        >>> params = make(config, Context(last=3, middle=16), jax.random.key(0))
         >>> params["first"]["concat"]["up"].shape, params["blocks"]["attn"]["qkv"].shape
         ((24, 16), (1, 8, 24))
     """
@@ -223,8 +224,9 @@ def next_token_loss(
     Example:
         >>> config = TransformerConfig(vocab=11, width=8, layers=2, heads=2, max_len=5)
         >>> context = Context(last=3, middle=16)
-        >>> params = init(config, context, jax.random.key(0))
-        >>> loss, _ = next_token_loss(config, context, params, jnp.arange(5)[None])
+        >>> params = jax.jit(init, static_argnums=(0, 1))(config, context, jax.random.key(0))
+        >>> score = jax.jit(next_token_loss, static_argnums=(0, 1))
+        >>> loss, _ = score(config, context, params, jnp.arange(5)[None])
         >>> bool(abs(loss - jnp.log(11)) < 0.05)
         True
 

@@ -107,8 +107,8 @@ def masked_lm(
         >>> config = BertConfig(vocab=11, width=8, layers=1, heads=2, max_len=5)
         >>> tokens = jnp.array([[3, 4, 5, 0]])
         >>> batch = {"tokens": tokens, "labels": tokens, "weights": jnp.array([[0.0, 1, 0, 0]])}
-        >>> params = init(config, jax.random.key(0))
-        >>> round(float(masked_lm(config, params, batch, most=1)[0]), 1)  # log 11 = 2.4
+        >>> score = jax.jit(lambda key, batch: masked_lm(config, init(config, key), batch, most=1))
+        >>> round(float(score(jax.random.key(0), batch)[0]), 1)  # log 11 = 2.4
         2.4
     """
     states = bert.hidden(config, params, batch, key)
@@ -146,8 +146,8 @@ def detection(
         >>> tokens = jnp.array([[3, 4, 5]])
         >>> labels, weights = jnp.array([[0, 1, 0]]), jnp.ones((1, 3))
         >>> batch = {"tokens": tokens, "labels": labels, "weights": weights}
-        >>> params = init(config, jax.random.key(0))
-        >>> round(float(detection(config, "added", params, batch)[0]), 1)  # log 2
+        >>> score = jax.jit(lambda key, batch: detection(config, "added", init(config, key), batch))
+        >>> round(float(score(jax.random.key(0), batch)[0]), 1)  # log 2
         0.7
     """
     states = bert.hidden(config, params, batch, key)

@@ -33,7 +33,8 @@ def insert(tokens: Array, inserted: Array, noise: Array, pad: int) -> tuple[Arra
 
     Example:
         >>> row, at = jnp.array([[5, 6, 7, 0, 0]]), jnp.array([[0, 1, 0, 0, 1]], bool)
-        >>> tokens, added = insert(row, at, jnp.full((1, 5), 9), pad=0)
+        >>> put = jax.jit(insert, static_argnames="pad")
+        >>> tokens, added = put(row, at, jnp.full((1, 5), 9), pad=0)
         >>> tokens.tolist(), added.astype(int).tolist()
         ([[5, 9, 6, 7, 0]], [[0, 1, 0, 0, 0]])
     """
@@ -66,7 +67,8 @@ def delete(tokens: Array, deleted: Array, pad: int) -> tuple[Array, Array]:
 
     Example:
         >>> row, gone = jnp.array([[5, 6, 7, 8, 0]]), jnp.array([[0, 1, 1, 0, 0]], bool)
-        >>> tokens, missing = delete(row, gone, pad=0)
+        >>> take = jax.jit(delete, static_argnames="pad")
+        >>> tokens, missing = take(row, gone, pad=0)
         >>> tokens.tolist(), missing.tolist()
         ([[5, 8, 0, 0, 0]], [[0, 2, 0, 0, 0]])
     """
@@ -104,7 +106,8 @@ def added_tokens(tokens: Array, key: Array, words: Words, *, share: float = 0.15
         >>> from jmeta.tasks.objectives import from_ids
         >>> import numpy as np
         >>> words = from_ids(0, 1, np.arange(3, 9), 9)
-        >>> batch = added_tokens(jnp.array([[2, 5, 6, 2, 0, 0, 0]]), jax.random.key(3), words)
+        >>> make = jax.jit(lambda tokens, key: added_tokens(tokens, key, words))
+        >>> batch = make(jnp.array([[2, 5, 6, 2, 0, 0, 0]]), jax.random.key(3))
         >>> int(batch["mask"].sum()) == 4 + int(batch["labels"].sum())
         True
 
@@ -147,7 +150,8 @@ def deleted_tokens(tokens: Array, key: Array, words: Words, *, share: float = 0.
         >>> from jmeta.tasks.objectives import from_ids
         >>> import numpy as np
         >>> words = from_ids(0, 1, np.arange(3, 9), 9)
-        >>> batch = deleted_tokens(jnp.array([[2, 5, 6, 7, 8, 2]]), jax.random.key(1), words)
+        >>> make = jax.jit(lambda tokens, key: deleted_tokens(tokens, key, words))
+        >>> batch = make(jnp.array([[2, 5, 6, 7, 8, 2]]), jax.random.key(1))
         >>> bool(batch["labels"].sum() <= 6 - batch["mask"].sum())  # at most one for each
         True
 

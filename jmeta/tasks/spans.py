@@ -34,7 +34,8 @@ def noise_spans(count: Array, share: float, mean_length: float, room: int, key: 
         bool ``[..., room]``; a row of fewer than two places has no noise.
 
     Example:
-        >>> noise = noise_spans(jnp.array([20]), 0.2, 2.0, 24, jax.random.key(0))
+        >>> spans = jax.jit(lambda count, key: noise_spans(count, 0.2, 2.0, 24, key))
+        >>> noise = spans(jnp.array([20]), jax.random.key(0))
         >>> int(noise.sum()), int((noise[:, 1:] & ~noise[:, :-1]).sum())
         (4, 2)
 
@@ -90,7 +91,8 @@ def span_corruption(
         >>> from jmeta.tasks.objectives import from_ids
         >>> words = from_ids(0, None, np.arange(5, 30), 30)
         >>> row = jnp.arange(5, 17)[None]
-        >>> batch = span_corruption(row, jax.random.key(0), words, [1, 2], share=0.25)
+        >>> make = jax.jit(lambda row, key: span_corruption(row, key, words, [1, 2], share=0.25))
+        >>> batch = make(row, jax.random.key(0))
         >>> batch["tokens"][0, batch["weights"][0] > 0][0]  # the answer begins with its sentinel
         Array(1, dtype=int32)
 

@@ -179,8 +179,11 @@ def test_leaves_that_the_inner_loss_never_reads_do_not_ride_along(reads_extra):
         if v.aval.shape[-1:] == (11,)
     ]
     assert bool(carried) is reads_extra  # nothing that a loop carries or stacks has its shape
-    exact = jmeta.unrolled(problem, 4).estimate(meta, (), episode, None)[0]
-    assert relative_error(mg.estimate(meta, (), episode, None)[0], exact) < 1e-12
+    exact, mixed = (
+        jax.jit(lambda m, each=each: each.estimate(m, (), episode, None)[0])(meta)
+        for each in (jmeta.unrolled(problem, 4), mg)
+    )
+    assert relative_error(mixed, exact) < 1e-12
 
 
 def test_a_batch_is_differentiated_only_where_it_is_made_from_meta():
@@ -222,7 +225,11 @@ def test_keys_and_integers_in_a_batch_are_left_alone():
         "flag": jnp.asarray(True),
     }
     episode = Episode(batch, batch)
-    run = lambda make: make(problem, 3).estimate(meta, (), episode, jax.random.key(5))
+
+    def run(make):
+        estimate = jax.jit(make(problem, 3).estimate)
+        return estimate(meta, (), episode, jax.random.key(5))
+
     exact, _, info = run(jmeta.unrolled)
     mixed, _, same = run(jmeta.mixed_mode)
     assert relative_error(mixed, exact) < 1e-12
@@ -352,7 +359,7 @@ def test_kept_values_serve_a_scored_loss_and_an_adaptive_optimizer(shared):
     }
     chunks = Episode(Steps({"x": jax.random.normal(jax.random.key(1), (3, 6, 4))}))
     exact, kept = (
-        mg.estimate(meta, (), chunks, None)[0]
+        jax.jit(lambda m, mg=mg: mg.estimate(m, (), chunks, None)[0])(meta)
         for mg in (
             jmeta.unrolled(problem, 3, objective=jmeta.online),
             jmeta.mixed_mode(problem, 3, objective=jmeta.online, keep=jmeta.keep_products()),
@@ -382,7 +389,10 @@ def test_mixed_mode_may_stand_inside_a_users_own_derivatives():
         grads = make(problem._replace(inner_loss=inner), 2).estimate(meta, (), episode, None)[0]
         return optax.tree.norm(grads)
 
-    slopes = [jax.grad(lambda s, m=m: norm(m, s))(0.7) for m in (jmeta.unrolled, jmeta.mixed_mode)]
+    slopes = [
+        jax.jit(jax.grad(lambda s, m=m: norm(m, s)))(0.7)
+        for m in (jmeta.unrolled, jmeta.mixed_mode)
+    ]
     assert float(slopes[1]) == pytest.approx(float(slopes[0]), rel=1e-11)
 
 
@@ -396,7 +406,7 @@ def logistic(carry, x):
 
 @pytest.mark.parametrize("remat", ["step", "nested"])
 def test_remat_changes_neither_values_nor_gradients_at_any_length(remat):
-    for length in (1, 2, 3, 4, 5, 7, 8, 12, 13):
+    for length in (1, 2, 5, 8, 13):
         u = jnp.linspace(0.0, 1.0, length)
 
         def value(a, u, remat, length=length):
@@ -451,6 +461,6 @@ def test_the_same_episode_as_steps_or_as_one_batch():
     problem, meta, episode = two_part_problem(True)
     mg = jmeta.mixed_mode(problem, 5, remat="nested")
     stacked = jax.tree.map(lambda x: jnp.stack([x] * 5), episode.support)
-    one = mg.estimate(meta, (), episode, None)[0]
-    many = mg.estimate(meta, (), Episode(Steps(stacked), episode.query), None)[0]
+    estimate = jax.jit(lambda episode: mg.estimate(meta, (), episode, None)[0])
+    one, many = estimate(episode), estimate(Episode(Steps(stacked), episode.query))
     assert relative_error(many, one) < 1e-12

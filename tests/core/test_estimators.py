@@ -70,7 +70,7 @@ def test_online_scores_each_chunk_before_the_update(name, shared):
         fast = fast - q.rate * slope
     make = {**EXACT, "first_order": jmeta.first_order}[name]
     mg = make(problem, 4, objective=jmeta.online)
-    grads, _, info = mg.estimate(q.meta, (), Episode(Steps(chunks)), None)
+    grads, _, info = jax.jit(mg.estimate)(q.meta, (), Episode(Steps(chunks)), None)
     assert relative_error(grads, expected) < 1e-10
     assert abs(float(info.loss - value)) < 1e-12
 
@@ -196,17 +196,22 @@ def network_problem(optimizer, soft=True):
     def encode(meta, batch, key):
         return {**batch, "soft": batch["x"] @ meta["teacher"]}
 
-    keys = jax.random.split(jax.random.key(0), 6)
-    net = {
-        "a": {"w": jax.random.normal(keys[0], (3, 4)), "b": jnp.full((4,), 0.1)},
-        "b": {"w": jax.random.normal(keys[1], (4, 2))},
-    }
-    meta = {"net": net, "teacher": jax.random.normal(keys[2], (3, 2)), "rate": jnp.asarray(-1.0)}
+    @jax.jit
+    def drawn():
+        keys = jax.random.split(jax.random.key(0), 6)
+        net = {
+            "a": {"w": jax.random.normal(keys[0], (3, 4)), "b": jnp.full((4,), 0.1)},
+            "b": {"w": jax.random.normal(keys[1], (4, 2))},
+        }
+        teacher = jax.random.normal(keys[2], (3, 2))
+        meta = {"net": net, "teacher": teacher, "rate": jnp.asarray(-1.0)}
 
-    def batch(k):
-        return {"x": jax.random.normal(k, (6, 3)), "y": jax.random.randint(k, (6,), 0, 2)}
+        def batch(k):
+            return {"x": jax.random.normal(k, (6, 3)), "y": jax.random.randint(k, (6,), 0, 2)}
 
-    episode = Episode(batch(keys[3]), batch(keys[4]))
+        return meta, Episode(batch(keys[3]), batch(keys[4]))
+
+    meta, episode = drawn()
     problem = Problem(
         inner,
         outer,
@@ -234,10 +239,15 @@ def standard_promotion():
 
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize(
-    ("optimizer", "keyed"),
-    [(name, keyed) for name in OPTIMIZERS for keyed in (False, True)],
+    ("optimizer", "keyed", "remats"),
+    [
+        ("sgd", False, ["none"]),
+        ("momentum", True, ["nested"]),
+        ("adam", True, ["none", "step", "nested"]),
+        ("clipped", False, ["step"]),
+    ],
 )
-def test_every_exact_estimator_agrees_with_central_differences(optimizer, keyed):
+def test_every_exact_estimator_agrees_with_central_differences(optimizer, keyed, remats):
     problem, meta, episode = network_problem(OPTIMIZERS[optimizer])
     key = jax.random.key(3) if keyed else None
 
@@ -247,8 +257,9 @@ def test_every_exact_estimator_agrees_with_central_differences(optimizer, keyed)
     reference = grads_of(jmeta.unrolled(problem, 4), meta, episode, key)
     assert relative_error(reference, central_differences(value, meta)) < 1e-7
     for name, make in EXACT.items():
-        remats = [{"remat": remat} for remat in ("none", "step", "nested")]
-        for remat in remats if name in WITH_REMAT else [{}]:
+        for remat in [{"remat": each} for each in remats] if name in WITH_REMAT else [{}]:
+            if (name, remat) == ("unrolled", {"remat": "none"}):
+                continue  # the reference itself
             grads = grads_of(make(problem, 4, **remat), meta, episode, key)
             assert relative_error(grads, reference) < 1e-10, (name, remat)
 
@@ -348,9 +359,9 @@ def test_over_tasks_keeps_one_state_and_one_key_for_each_task():
     results = []
     for microbatch in (None, 2):
         mg = jmeta.over_tasks(single, tasks=4, microbatch=microbatch)
-        state = mg.init(meta, key)
+        state = jax.jit(mg.init)(meta, key)
         assert state.step.shape == (4,)
-        grads, state, _ = mg.estimate(meta, state, episodes, key)
+        grads, state, _ = jax.jit(mg.estimate)(meta, state, episodes, key)
         results.append((grads, state.fast))
     assert relative_error(results[1], results[0]) < 1e-12
     weights = results[0][1]["a"]["w"]

@@ -159,14 +159,14 @@ def varying(tree):
 
 
 def test_plain_jax_inside_shard_map_is_silently_wrong(meta, episodes, line):
-    right = jax.grad(by_hand)(meta, episodes)
+    right = jax.jit(jax.grad(by_hand))(meta, episodes)
     wrong = {
         "B": shard_map(lambda m, e: mean(jax.grad(by_hand)(m, e)), line),
         "C": shard_map(lambda m, e: jax.tree.map(lambda g: g / 8, jax.grad(by_hand)(m, e)), line),
         "F": jax.grad(shard_map(lambda m, e: mean(by_hand(m, e)), line)),
     }
     for name, function in wrong.items():
-        grads = function(meta, episodes)
+        grads = jax.jit(function)(meta, episodes)
         lengths = optax.tree.norm(grads), optax.tree.norm(right)
         cosine = optax.tree.vdot(grads, right) / (lengths[0] * lengths[1])
         assert lengths[0] > 13 * lengths[1], name

@@ -48,11 +48,15 @@ def tokens(seed, *shape):
 def test_bfloat16_compute_gives_float32_meta_gradients_of_both_modes():
     config, half = language_model(BF16)
     _, full = language_model(None)
-    meta = transformer.init(config, jax.random.key(0))
-    # Larger than the initial weights, so that curvature matters.
-    meta = jax.tree.map(
-        lambda x: x + 0.2 * jax.random.normal(jax.random.key(x.size), x.shape), meta
-    )
+
+    @jax.jit
+    def larger():  # than the initial weights, so that curvature matters
+        return jax.tree.map(
+            lambda x: x + 0.2 * jax.random.normal(jax.random.key(x.size), x.shape),
+            transformer.init(config, jax.random.key(0)),
+        )
+
+    meta = larger()
     episode = Episode(tokens(1, 2, 4), tokens(2, 2, 4))
     wrap = lambda mg: jmeta.over_tasks(mg, microbatch=1)
     exact = run(wrap(jmeta.unrolled(full, 3)), meta, episode)[0]

@@ -150,6 +150,7 @@ def test_documents_scored_a_few_at_a_time_come_back_in_order():
     np.testing.assert_array_equal(found, 2 * rows.tokens[:, 1:])
 
 
+@pytest.mark.slow
 def test_a_run_leaves_everything_the_contract_names(run):
     for name in ("config.yaml", "run.json", "metrics.jsonl", "report.html", "settings.json",
                  "costs.json", "position.png", "frequency.svg", "repetition.png",
@@ -160,6 +161,7 @@ def test_a_run_leaves_everything_the_contract_names(run):
                        for seed in (0, 1)}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_results_are_of_the_kept_losses_and_paired_with_static(run):
     results = read_results(run)
     weights = data_of.load(SMOKE).test.mask[:, 1:]
@@ -182,6 +184,7 @@ def test_results_are_of_the_kept_losses_and_paired_with_static(run):
     assert (document["n"], document["over"]) == (5, "episodes")
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused_and_resume_reads_the_finished_one(run):
     before = (run / "results.json").read_bytes()
     command = ["--preset", "smoke", "--methods", ",".join(FEW), "--out", str(run)]

@@ -27,6 +27,7 @@ def data():
     return reading.load(CONFIG)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_everything_the_contract_names(run):
     for name in ("config.yaml", "run.json", "metrics.jsonl", "report.html", "differences.png",
                  "learning.svg"):  # fmt: skip
@@ -35,6 +36,7 @@ def test_a_run_leaves_everything_the_contract_names(run):
     assert methods == {"base", "camels, seed 0"}
 
 
+@pytest.mark.slow
 def test_every_method_is_paired_with_uniform(run):
     results = read_results(run)
     every = {camels.LEARNED, camels.UNIFORM, camels.NONE, *reading.RULES}
@@ -123,6 +125,7 @@ def test_squad_is_split_by_document(jmeta_data):
         reading.read(dataclasses.replace(config, documents=(90000, 10, 10, 10)))
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_folder_is_refused(run):
     with pytest.raises(SystemExit, match="add --resume"):
         camels.main(["--preset", "smoke", "--seeds", "1", "--out", str(run)])

@@ -21,6 +21,7 @@ def run(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_a_run_leaves_everything_the_contract_names(run):
     for name in ("config.yaml", "run.json", "metrics.jsonl", "report.html", "differences.png",
                  "learning.svg"):  # fmt: skip
@@ -33,6 +34,7 @@ def test_a_run_leaves_everything_the_contract_names(run):
     }
 
 
+@pytest.mark.slow
 def test_every_method_is_there_for_every_seed_and_support(run):
     rows = [r for r in read_results(run)["rows"] if r["metric"] == experiment.LOSS]
     cells = {(r["method"], r["seed"], r.get("support", "")) for r in rows}
@@ -49,13 +51,14 @@ def test_without_a_rate_all_that_adapts_is_the_base_and_attention_reads_what_it_
     source = experiment.files.files([np.arange(300) % 97, np.arange(250) % 89], CONFIG.vocab)
     episodes = experiment.holes(CONFIG, source, "shared", 3, True)(0, 0)
     model = experiment.model_of(CONFIG)
-    params = transformer.init(model, jax.random.key(0))
+    params = jax.jit(lambda key: transformer.init(model, key))(jax.random.key(0))
     params = jax.tree.map(lambda x: 5 * x, params)
+    logits = jax.jit(lambda tokens: transformer.logits(model, params, tokens))
     ways = experiment.readers(CONFIG)
     found = {name: np.asarray(way(params, jnp.float32(0), episodes)) for name, way in ways.items()}
 
     def by_hand(tokens):
-        scores = jax.nn.log_softmax(transformer.logits(model, params, jnp.asarray(tokens)))
+        scores = jax.nn.log_softmax(logits(jnp.asarray(tokens)))
         last = np.asarray(tokens)[-CONFIG.hole :]
         rows = np.asarray(scores)[-CONFIG.hole - 1 : -1]
         return -rows[np.arange(CONFIG.hole), last].mean()
@@ -109,6 +112,7 @@ def test_the_verdict_is_the_intervals(gap, word):
     assert word in said
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_folder_is_refused_and_resuming_gives_the_same(run):
     with pytest.raises(SystemExit, match="add --resume"):
         experiment.main(["--preset", "smoke", "--seeds", "1", "--out", str(run)])

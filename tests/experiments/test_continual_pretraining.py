@@ -36,6 +36,7 @@ def smoke(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_smoke_compares_all_with_uniform_and_draws_what_it_says(smoke):
     results = report.read_results(smoke)
     means = {row["method"]: row for row in results["summary"] if row["metric"] == page.MEAN}
@@ -59,6 +60,7 @@ def test_smoke_compares_all_with_uniform_and_draws_what_it_says(smoke):
         assert (smoke / name).stat().st_size > 0, name
 
 
+@pytest.mark.slow
 def test_what_is_done_is_read_and_not_done_again(smoke, capsys):
     before = (smoke / "results.json").read_text()
     with pytest.raises(SystemExit, match="add --resume"):

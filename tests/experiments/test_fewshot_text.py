@@ -78,6 +78,7 @@ def test_a_batch_that_cannot_equal_them_is_refused():
         dataclasses.replace(fewshot_text.PRESETS["smoke"], joint_batch=7)
 
 
+@pytest.mark.slow
 def test_resuming_reads_what_is_complete_and_gives_the_same_numbers(smoke):
     before = accuracies(smoke)
     with pytest.raises(SystemExit, match="add --resume"):

@@ -275,6 +275,7 @@ def rescored(out, name, examples):
     return superglue.score(name, said, examples).metrics
 
 
+@pytest.mark.slow
 def test_a_run_leaves_scores_that_its_predictions_have(smoke):
     scores = values(smoke, "metrics by task")
     for method in ("mlm", "no pre-training"):
@@ -307,6 +308,7 @@ def test_a_run_leaves_scores_that_its_predictions_have(smoke):
         assert (smoke / name).stat().st_size > 0, name
 
 
+@pytest.mark.slow
 def test_a_folder_belongs_to_one_set_of_settings(smoke):
     with pytest.raises(SystemExit, match="made with other settings"):
         meta_lm.main([*ARGUMENTS, "--rate", "0.5", "--out", str(smoke), "--resume"])

@@ -100,8 +100,8 @@ def smoke(set_up, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def bench(smoke):
-    return qa_transfer.prepare(dataclasses.replace(SMOKE, out=smoke, resume=True))
+def bench(set_up, tmp_path_factory):
+    return qa_transfer.prepare(dataclasses.replace(SMOKE, out=tmp_path_factory.mktemp("bench")))
 
 
 def accuracies(out):
@@ -109,6 +109,7 @@ def accuracies(out):
     return {row["method"]: row for row in rows if row["metric"] == "SST-2 accuracy"}
 
 
+@pytest.mark.slow
 def test_smoke_scores_every_plan_and_baseline(smoke):
     results = report.read_results(smoke)
     scored = accuracies(smoke)
@@ -136,6 +137,7 @@ def test_smoke_scores_every_plan_and_baseline(smoke):
     assert not list(smoke.glob("plans/*/*/checkpoints"))
 
 
+@pytest.mark.slow
 def test_resuming_reads_what_is_done_and_refuses_other_settings(smoke, capsys):
     before = accuracies(smoke)
     with pytest.raises(SystemExit, match="add --resume"):

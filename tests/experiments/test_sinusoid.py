@@ -65,6 +65,7 @@ def test_the_error_before_adaptation_is_that_of_the_initial_network(run):
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused_and_resume_reads_the_finished_one(run):
     before = (run / "results.json").read_bytes()
     with pytest.raises(SystemExit, match="add --resume"):

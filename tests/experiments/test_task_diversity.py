@@ -70,6 +70,7 @@ def small():
     return probe("test", config, gpt2.init(config, jax.random.key(0)), None)
 
 
+@pytest.mark.slow
 def test_the_grid_holds_its_budget_equal_and_learns():
     tasks = tasks_of(4, 60)
     sizes = grid.Sizes(batches=12, batch=4, target_steps=40, target_train=40, classes=3)

@@ -228,6 +228,7 @@ def test_methods_join_the_table_and_what_is_there_is_only_read(run, tmp_path):
         two_moons.main([*SMOKE, "--rate", "0.5", "--out", str(out)])
 
 
+@pytest.mark.slow
 def test_an_interrupted_method_goes_on_and_ends_with_the_same_numbers(run, tmp_path, monkeypatch):
     out, save = tmp_path / "two_moons", training.checkpoint.save
 

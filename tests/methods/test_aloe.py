@@ -33,20 +33,29 @@ def edits(params, x):
 
 
 def world(scale=0.5):
-    init, sample, log_prob = linear_autoregressive(N, V)
+    _, sample, log_prob = linear_autoregressive(N, V)
+    return EditSampler(sample, log_prob, edits, N, V, LONGEST), parameters(scale)
+
+
+@jax.jit
+def parameters(scale):
+    init = linear_autoregressive(N, V)[0]
     keys = iter(jax.random.split(KEY, 9))
     shapes = {"in": (N, V, 6), "stop": (6,), "out": (6, N * V)}
     params = {k: scale * jax.random.normal(next(keys), s) for k, s in shapes.items()}
     base = jax.tree.map(lambda p: p + scale * jax.random.normal(next(keys), p.shape), init())
-    return EditSampler(sample, log_prob, edits, N, V, LONGEST), {**params, **base}
+    return {**params, **base}
 
 
 def marginal(sampler, params):
     """q by the transition matrix of edits: ``[states]``."""
     stop, move = np.zeros(len(STATES)), np.zeros((len(STATES),) * 2)
-    start = np.exp([float(sampler.log_prob(params, jnp.asarray(s))) for s in STATES])
+    states = jnp.asarray(STATES)
+    start = np.exp(jax.jit(jax.vmap(lambda s: sampler.log_prob(params, s)))(states))
+    every = jax.jit(jax.vmap(lambda s: edit_log_probs(sampler, params, s)))(states)
+    every = [np.exp(each) for each in every]
     for i, s in enumerate(STATES):
-        a, b, changes = (np.exp(p) for p in edit_log_probs(sampler, params, jnp.asarray(s)))
+        a, b, changes = (each[i] for each in every)
         stop[i] = a
         for place, value in itertools.product(range(N), range(V)):
             t = s.copy()

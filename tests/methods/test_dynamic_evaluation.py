@@ -212,10 +212,15 @@ def test_a_decoder_with_its_cache_carried_over():
     """Without learning, segments with the cache are the document as a whole; the cache is cut."""
     config = transformer.TransformerConfig(vocab=13, width=8, layers=2, heads=2, max_len=12)
     with jax.enable_x64(True):
-        params = transformer.init(config, jax.random.key(0))
-        params = jax.tree.map(
-            lambda x: x + 0.3 * jnp.sin(jnp.arange(x.size * 1.0)).reshape(x.shape), params
-        )
+
+        @jax.jit
+        def far():
+            return jax.tree.map(
+                lambda x: x + 0.3 * jnp.sin(jnp.arange(x.size * 1.0)).reshape(x.shape),
+                transformer.init(config, jax.random.key(0)),
+            )
+
+        params = far()
         tokens = jax.random.randint(jax.random.key(1), (13,), 0, 13)
         segments = {"tokens": tokens[:12].reshape(3, 4), "labels": tokens[1:].reshape(3, 4)}
 
@@ -227,15 +232,18 @@ def test_a_decoder_with_its_cache_carried_over():
             )
             return value, (cache, {})
 
-        def run(tx):
+        @jax.jit
+        def run(rate):
             cache = decoding.init_cache(config, params, 1)
-            return dynamic_evaluation(loss, tx, params, segments, cache)
+            return dynamic_evaluation(loss, optax.sgd(rate), params, segments, cache)
 
-        found = jax.jit(lambda: run(optax.sgd(0.0)).losses)()
-        scores = jax.nn.log_softmax(transformer.logits(config, params, tokens[:12]))
+        found = run(0.0).losses
+        scores = jax.jit(lambda p: jax.nn.log_softmax(transformer.logits(config, p, tokens[:12])))(
+            params
+        )
         expected = -scores[jnp.arange(12), tokens[1:]].reshape(3, 4).mean(1)
         np.testing.assert_allclose(found, expected, atol=1e-12)
-        moved = jax.jit(lambda: run(optax.sgd(0.1)))()
+        moved = run(0.1)
         assert int(moved.carry.length) == 12
         assert float(moved.losses[0]) == pytest.approx(float(found[0]), abs=1e-13)
         assert (moved.losses[1:] != found[1:]).all()

@@ -90,14 +90,14 @@ def networks():
     t = transformer.TransformerConfig(**sizes, ff=12)
     tokens = lambda batch: (batch["tokens"], batch["mask"])  # noqa: E731
     return {
-        "bert": (bert.init(b, KEY), functools.partial(bert.apply, b)),
+        "bert": (lambda: bert.init(b, KEY), functools.partial(bert.apply, b)),
         "bert, scanned": (
-            bert.init(b, KEY),
+            lambda: bert.init(b, KEY),
             functools.partial(bert.apply, b._replace(loop="scan", remat="full")),
         ),
-        "gpt2": (gpt2.init(g, KEY), functools.partial(gpt2.apply, g)),
+        "gpt2": (lambda: gpt2.init(g, KEY), functools.partial(gpt2.apply, g)),
         "transformer": (
-            transformer.init(t, KEY),
+            lambda: transformer.init(t, KEY),
             lambda p, batch: transformer.logits(t, p, *tokens(batch))[:, 0],
         ),
     }
@@ -108,7 +108,8 @@ def networks():
     [("bert", 2), ("bert, scanned", 6), ("gpt2", 6), ("transformer", 2)],
 )
 def test_taps_equal_whole_gradients(x64, name, time):
-    params, apply = networks()[name]
+    init, apply = networks()[name]
+    params, apply = jax.jit(init)(), jax.jit(apply)
     batch = {"tokens": jax.random.randint(KEY, (5, time), 0, 11)}
     batch["mask"] = jnp.ones((5, time)).at[1, 1:].set(0)
     kernels, rest = partition(

@@ -115,9 +115,9 @@ def test_a_small_step_lowers_the_same_windows_loss(world):
         return LOSSES(params, caches[-1]._replace(states=held), inputs, targets, shift)[0].sum()
 
     hso = hidden_states(LOSSES, optax.sgd(0.01))
-    losses, cache = hso.step(params, caches[-1], inputs, targets)
+    losses, cache = jax.jit(hso.step)(params, caches[-1], inputs, targets)
     held, zero = caches[-1].states, jax.tree.map(lambda x: jnp.zeros_like(x[:4]), cache.states)
-    slopes = jax.grad(total, (0, 1))(held, zero)
+    slopes = jax.jit(jax.grad(total, (0, 1)))(held, zero)
     moved = jax.tree.map(lambda x, g: x - 0.01 * g, (held, zero), slopes)
     np.testing.assert_allclose(losses.sum(), total(held, zero), rtol=1e-10)
     assert total(*moved) < losses.sum() - 1e-4

@@ -9,6 +9,8 @@ from jmeta.methods import knn_lm
 from jmeta.models import context_keys, gpt2, transformer
 from jmeta.models.heads import token_loss
 
+hidden_and_keys = jax.jit(context_keys.hidden_and_keys, static_argnums=0)
+
 pytestmark = pytest.mark.usefixtures("x64")
 
 
@@ -104,20 +106,21 @@ def test_keys_are_what_the_last_feed_forward_layer_reads(kind, layers):
     mask = jnp.asarray([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
     if kind == "decoder":
         config = transformer.TransformerConfig(**shape)
-        params = transformer.init(config, jax.random.key(0))
-        whole = transformer.hidden(config, params, tokens, mask)
+        params = jax.jit(transformer.init, static_argnums=0)(config, jax.random.key(0))
+        whole = jax.jit(transformer.hidden, static_argnums=0)(config, params, tokens, mask)
     else:
         config = gpt2.GPT2Config(**shape)
-        params = gpt2.init(config, jax.random.key(0))
-        whole = gpt2.hidden(config, params, {"tokens": tokens, "mask": mask})
-    states, keys = context_keys.hidden_and_keys(config, params, tokens, mask)
+        params = jax.jit(gpt2.init, static_argnums=0)(config, jax.random.key(0))
+        batch = {"tokens": tokens, "mask": mask}
+        whole = jax.jit(gpt2.hidden, static_argnums=0)(config, params, batch)
+    states, keys = hidden_and_keys(config, params, tokens, mask)
     real = np.asarray(mask, bool)
     np.testing.assert_allclose(states[real], whole[real], rtol=1e-10, atol=1e-10)
     # The last feed-forward layer without its output leaves the residual stream x; with it, x + f.
     off = jax.tree.map(lambda x: x.at[-1].set(0), params["blocks"]["mlp"])
     without = {**params, "blocks": {**params["blocks"], "mlp": off}}
     unit = {"scale": jnp.ones(8), "bias": jnp.zeros(8)}
-    bare, _ = context_keys.hidden_and_keys(config, {**without, "ln_f": unit}, tokens, mask)
+    bare, _ = hidden_and_keys(config, {**without, "ln_f": unit}, tokens, mask)
     last = jax.tree.map(lambda x: np.asarray(x[-1]), params["blocks"])
     np.testing.assert_allclose(
         keys[real],
@@ -129,16 +132,17 @@ def test_keys_are_what_the_last_feed_forward_layer_reads(kind, layers):
 def test_a_model_that_has_read_a_text_finds_it_again():
     """From end to end: the text itself as the query, whose nearest neighbour is itself."""
     config = transformer.TransformerConfig(vocab=11, width=8, layers=2, heads=2, max_len=12)
-    params = transformer.init(config, jax.random.key(0))
+    params = jax.jit(transformer.init, static_argnums=0)(config, jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(3), (12,), 0, 11)
-    states, keys = context_keys.hidden_and_keys(config, params, tokens)
+    states, keys = hidden_and_keys(config, params, tokens)
     store = knn_lm.datastore(keys[:-1], tokens[1:])
     found = knn_lm.nearest(store, keys[:-1], 1)
     np.testing.assert_array_equal(found.values[:, 0], tokens[1:])
     said = knn_lm.knn_log_likelihood(found, tokens[1:], 1.0)
     np.testing.assert_allclose(said, 0, atol=1e-12)
     table = params["embed"]["tokens"]
-    model, _ = token_loss(states[:-1], table, table[tokens[1:]], jnp.ones(11), None)
+    loss = jax.jit(lambda *args: token_loss(*args, None)[0])
+    model = loss(states[:-1], table, table[tokens[1:]], jnp.ones(11))
     mixed = knn_lm.interpolate(jnp.full(11, -model), said, 0.5)
     assert -mixed.mean() < model
 

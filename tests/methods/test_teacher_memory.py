@@ -53,6 +53,7 @@ def test_no_pass_holds_the_scores_of_all_tokens(chunk, held):
     assert bool(whole) == held, whole
 
 
+@pytest.mark.slow
 def test_memory_at_the_published_size():
     """6 layers, width 256, vocabulary 30,000, 4 texts of 128: at most 0.4 of 1.17 GB."""
     shape = masked_lm.config(30_000, 256, 6, 4, max_len=128, loop="scan", remat="full")

@@ -1,5 +1,6 @@
 """CaMeLS against closed forms, central differences and a toy it must solve, in float64."""
 
+import functools
 import importlib
 
 import jax
@@ -24,11 +25,13 @@ def scores(params, batch, key):
     return transformer.logits(LM, params, batch["tokens"], batch["mask"], key)
 
 
+@functools.partial(jax.jit, static_argnames="normalise")
 def weigh(meta, batch, key, normalise=False):
     states = transformer.hidden(LM, meta["body"], batch["tokens"], batch["mask"], key)
     return camels.weight_head(meta["head"], states, batch["mask"], normalise=normalise)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def first_meta(new=False):
     head = camels.init_weight_head(8, jax.random.key(5), 6)
     if not new:
@@ -39,11 +42,16 @@ def first_meta(new=False):
 
 @pytest.fixture
 def base():
+    return noisy()
+
+
+@jax.jit
+def noisy():
     params = transformer.init(LM, jax.random.key(0))
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(structure, noisy)
+    moved = [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(structure, moved)
 
 
 def text(*shape, seed=2, pads=2):
@@ -91,15 +99,19 @@ def test_weights_of_one_are_ordinary_fine_tuning(base):
     documents = text(3, 2, 6)
     problem = camels.token_weights(scores, camels.uniform, base, optax.sgd(RATE))
     expected = base
-    for i in range(3):
-        batch = at(documents, i)
-        loss = lambda p, b=batch: transformer.next_token_loss(  # noqa: E731
-            LM, p, b["tokens"], mask=b["mask"]
+
+    @jax.jit
+    def step(params, batch):
+        loss = lambda p: transformer.next_token_loss(  # noqa: E731
+            LM, p, batch["tokens"], mask=batch["mask"]
         )[0]
-        expected = jax.tree.map(lambda p, g: p - RATE * g, expected, jax.grad(loss)(expected))
+        return jax.tree.map(lambda p, g: p - RATE * g, params, jax.grad(loss)(params))
+
+    for i in range(3):
+        expected = step(expected, at(documents, i))
     from jmeta.runtime.evaluate import adapt
 
-    found = adapt(problem, (), Steps(documents), 3)
+    found = jax.jit(lambda batches: adapt(problem, (), Steps(batches), 3))(documents)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-11)
 
@@ -108,23 +120,27 @@ def test_slope_of_a_weight_is_minus_the_product_of_gradients(base):
     document = text(2, 6)
     problem = camels.token_weights(scores, weigh, base, optax.sgd(RATE))
     meta, episode = first_meta(), Episode(document, query())
-    found = camels.weight_slopes(problem, 1, meta, episode)
+    found = jax.jit(lambda m, e: camels.weight_slopes(problem, 1, m, e))(meta, episode)
 
     def each(params):
         return camels.token_losses(scores(params, document, None), document["tokens"])
 
-    weights = weigh(meta, document, None)
-    counted = camels.predicted(document["mask"]).astype(weights.dtype)
-    count = float(counted.sum())
-    slope = jax.grad(lambda p: (each(p) * weights * counted).sum() / count)(base)
-    theta = jax.tree.map(lambda p, g: p - RATE * g, base, slope)
-    outer = jax.grad(lambda p: problem.outer_loss(p, meta, episode.query, None)[0])(theta)
-    jacobian = jax.jacobian(each)(base)
-    product = sum(
-        (j * o[None, None]).reshape(2, 6, -1).sum(-1)
-        for j, o in zip(jax.tree.leaves(jacobian), jax.tree.leaves(outer), strict=True)
-    )
-    expected = -RATE / count * product * counted
+    @jax.jit
+    def by_hand(base):
+        weights = weigh(meta, document, None)
+        counted = camels.predicted(document["mask"]).astype(weights.dtype)
+        count = counted.sum()
+        slope = jax.grad(lambda p: (each(p) * weights * counted).sum() / count)(base)
+        theta = jax.tree.map(lambda p, g: p - RATE * g, base, slope)
+        outer = jax.grad(lambda p: problem.outer_loss(p, meta, episode.query, None)[0])(theta)
+        jacobian = jax.jacobian(each)(base)
+        product = sum(
+            (j * o[None, None]).reshape(2, 6, -1).sum(-1)
+            for j, o in zip(jax.tree.leaves(jacobian), jax.tree.leaves(outer), strict=True)
+        )
+        return -RATE / count * product * counted
+
+    expected = by_hand(base)
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-14)
     assert float(jnp.abs(found).max()) > 1e-6
 
@@ -133,7 +149,7 @@ def test_meta_gradient_is_central_differences_and_modes_agree(base):
     documents, meta = text(2, 1, 6), first_meta()
     problem = camels.token_weights(scores, weigh, base, optax.sgd(RATE))
     episode = Episode(Steps(documents), query())
-    estimate = lambda mg: mg.estimate(meta, (), episode, None)  # noqa: E731
+    estimate = lambda mg: jax.jit(lambda m: mg.estimate(m, (), episode, None))(meta)  # noqa: E731
     exact, _, info = estimate(jmeta.unrolled(problem, 2))
     mixed = estimate(jmeta.mixed_mode(problem, 2))[0]
     assert relative_error(mixed, exact) < 1e-10
@@ -186,7 +202,8 @@ def test_padding_and_batch_mates_of_padding_change_nothing(base):
     pad = lambda b: jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 2))), b)  # noqa: E731
     longer = Episode(pad(document), {name: pad(part) for name, part in asked.items()})
     mg = jmeta.mixed_mode(camels.token_weights(scores, weigh, base, optax.sgd(RATE)), 1)
-    one, two = (mg.estimate(meta, (), e, None) for e in (Episode(document, asked), longer))
+    estimate = jax.jit(lambda m, e: mg.estimate(m, (), e, None))
+    one, two = (estimate(meta, e) for e in (Episode(document, asked), longer))
     np.testing.assert_allclose(one[2].loss, two[2].loss, rtol=1e-10)
     assert relative_error(two[0]["head"], one[0]["head"]) < 1e-9
 

@@ -64,7 +64,7 @@ def close(a, b, tolerance=1e-10):
         ("bert", "masked_lm", False),
         ("bert", "spans", False),
         ("roberta", "spans", True),
-        ("roberta", "masked_lm", False),
+        pytest.param("roberta", "masked_lm", False, marks=pytest.mark.slow),
         ("distilbert", "classify", False),
     ],
 )
@@ -115,7 +115,7 @@ def test_loops_remats_and_attention_agree(x64):
         return jax.value_and_grad(score)(params)
 
     reference = run(config, params)
-    for loop, remat in (("unroll", "none"), ("scan", "full"), ("unroll", "hidden")):
+    for loop, remat in (("scan", "full"), ("unroll", "hidden")):
         close(reference, run(config._replace(loop=loop, remat=remat), params))
 
 
@@ -218,7 +218,7 @@ def test_unit_vectors_at_zero_have_finite_derivatives():
 
 
 def test_a_batch_with_a_row_of_padding_has_a_finite_second_order():
-    config = CONFIG._replace(head=None)
+    config = CONFIG._replace(head=None, layers=1, loop="unroll")
     mask = jnp.array([[1.0, 1, 0, 0], [0, 0, 0, 0]])
     f = lambda p: (bert.embed(config, p, batch(mask=mask)) ** 3).sum()  # noqa: E731
     assert second_order(f, draw(config)) > 0

@@ -167,6 +167,7 @@ def test_the_last_block_is_trained_without_a_backward_pass_below_it(x64, loop):
     )
 
 
+@pytest.mark.slow
 def test_what_is_frozen_costs_no_memory():
     """Temporary memory, as XLA plans it, of gradients and of meta-gradients step by step."""
     config = BERT._replace(width=64, ff=256, vocab=2000, layers=8)

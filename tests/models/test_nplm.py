@@ -60,7 +60,9 @@ def test_a_new_average_is_the_moving_average():
 
 
 def test_transformer_n_is_its_definition():
-    params = nplm.init(CONFIG, CONTEXT, jax.random.key(0))
+    init = jax.jit(nplm.init, static_argnums=(0, 1))
+    hidden = jax.jit(nplm.hidden, static_argnums=(0, 1))
+    params = init(CONFIG, CONTEXT, jax.random.key(0))
     params["first"]["concat"] = drawn()
     tokens = jax.random.randint(jax.random.key(3), (2, 9), 0, 11)
     first = params["first"]
@@ -73,18 +75,19 @@ def test_transformer_n_is_its_definition():
     last = jax.tree.map(lambda leaf: leaf[0], params["blocks"])
     x = blocks.pre_norm(CONFIG, blocks.visible(True, None, 9), x, last, None)
     expected = blocks.layer_norm(x, params["ln_f"], CONFIG.eps)
-    found = nplm.hidden(CONFIG, CONTEXT, params, tokens)
+    found = hidden(CONFIG, CONTEXT, params, tokens)
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-10)
     weights = jax.random.uniform(jax.random.key(4), tokens.shape)
     scores = jax.nn.log_softmax(found @ params["embed"]["tokens"].T)[:, :-1]
     picked = jnp.take_along_axis(scores, tokens[:, 1:, None], -1)[..., 0]
     naive = -(picked * weights[:, 1:]).sum() / weights[:, 1:].sum()
-    loss, aux = nplm.next_token_loss(CONFIG, CONTEXT, params, tokens, weights)
+    scored = jax.jit(nplm.next_token_loss, static_argnums=(0, 1))
+    loss, aux = scored(CONFIG, CONTEXT, params, tokens, weights)
     np.testing.assert_allclose(loss, naive, rtol=1e-10)
     np.testing.assert_allclose(aux["tokens"], weights[:, 1:].sum(), rtol=1e-10)
     one = CONFIG._replace(layers=1)
-    small = nplm.init(one, CONTEXT, jax.random.key(0))
-    assert nplm.hidden(one, CONTEXT, small, tokens).shape == (2, 9, 4)
+    small = init(one, CONTEXT, jax.random.key(0))
+    assert hidden(one, CONTEXT, small, tokens).shape == (2, 9, 4)
 
 
 def test_gradients_are_central_differences():

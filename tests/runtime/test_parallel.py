@@ -277,12 +277,12 @@ def test_gradients_leave_the_step_sharded_and_the_state_is_donated():
 
 
 def test_a_transformer_split_four_ways_takes_the_same_step():
-    config = transformer.TransformerConfig(**SHAPE, loop="scan")
+    config = transformer.TransformerConfig(**SHAPE | {"layers": 2}, loop="scan")
     language = lambda fast, meta, batch, key: transformer.next_token_loss(config, fast, batch)  # noqa: E731
     mg = jmeta.over_tasks(
         jmeta.mixed_mode(Problem(language, language, lambda m: optax.sgd(0.5)), 2), microbatch=1
     )
-    meta = transformer.init(config, jax.random.key(0))
+    meta = jax.jit(lambda key: transformer.init(config, key))(jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (4, 2, 5), 0, 12)
     episodes, outer = Episode(tokens, tokens), optax.sgd(1.0)
     state = jmeta.meta_trainer(mg, outer).init(meta, jax.random.key(0))
@@ -330,7 +330,7 @@ def single():
 
 @pytest.mark.parametrize(
     "name",  # fsdp is a part of the run that goes on with fewer devices
-    ["data parallel", "all three", "fsdp"],
+    ["data parallel", "all three", pytest.param("fsdp", marks=pytest.mark.slow)],
 )
 def test_one_device_equals_eight_in_float32(name, single):
     eight = run(MESHES[name], optax.sgd(0.1))
@@ -376,7 +376,9 @@ def test_draws_do_not_depend_on_the_devices():
 EIGHT, FOUR, LAST = (MESHES["fsdp"], 8, 8), (MeshConfig(fsdp=2), 4, 14), (ONE, 1, 20)
 
 
-@pytest.mark.parametrize("plan", [(EIGHT, LAST), (EIGHT, FOUR, LAST)])
+@pytest.mark.parametrize(
+    "plan", [pytest.param((EIGHT, LAST), marks=pytest.mark.slow), (EIGHT, FOUR, LAST)]
+)
 def test_a_run_goes_on_with_fewer_devices(plan, tmp_path, single):
     for config, devices, steps in plan:
         result = run(config, optax.sgd(0.1), devices, steps=steps, out=tmp_path, resume=steps > 8)

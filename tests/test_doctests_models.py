@@ -1,0 +1,9 @@
+"""Every Example in a docstring of jmeta.models runs as it is printed."""
+
+import pytest
+from test_doctests import ELSEWHERE, check, defaults  # noqa: F401  (a fixture)
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_doctests(name):
+    check(name)
