@@ -25,8 +25,14 @@ def sections(page: pathlib.Path) -> list[tuple[str, list[tuple[str, str]]]]:
     ]
 
 
+# A hundred steps of meta-training, whose accuracies the page states.
+LONG = {"quickstart: MAML on text"}
 RUNNABLE = [
-    pytest.param(blocks, id=f"{page.stem}: {heading}")
+    pytest.param(
+        blocks,
+        id=(name := f"{page.stem}: {heading}"),
+        marks=[pytest.mark.slow] if name in LONG else [],
+    )
     for page in PAGES
     for heading, blocks in sections(page)
     if any(language == "python" for language, _ in blocks)

@@ -98,6 +98,7 @@ def test_an_exponent_is_that_of_the_power_law():
     assert half == pytest.approx(scipy.stats.t.ppf(0.975, 2) * fitted.stderr)
 
 
+@pytest.mark.slow
 def test_flops_are_near_the_floor_of_a_matmul_network():
     size = scaling_laws.Size(steps=4, width=32, tokens=16)
     made = scaling_laws.point(size)
