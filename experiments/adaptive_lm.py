@@ -121,6 +121,8 @@ PRESETS = {
         seeds=1, width=64, layers=2, heads=2, length=256, segment=32, base_steps=200,
         extra_steps=200, validation_documents=8,
     ),
+    # Three seeds: an hour on two cores for all methods, and a few minutes for fast weights.
+    "small": Config(),
     # For an accelerator: minutes there, days on two cores.
     "full": Config(
         vocab=2048, width=256, layers=4, heads=4, length=512, batch=16, base_steps=400,
