@@ -32,6 +32,7 @@ Phase = Literal["agreement", "time", "memory"]
 REFERENCE = "jmeta, unrolled"  # reverse mode over reverse mode, step by step
 AGREE = 1e-8  # of the largest entry
 PAUSE = 0.3  # seconds between turns, in which the threads of the last framework fall asleep
+METRICS = ("median seconds", "peak bytes", "difference")
 FRAMEWORKS = {"jax": peers_jax.ROWS, "torch": peers_torch.ROWS}
 
 
@@ -240,6 +241,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             if (kind, row) in why:
                 lines.append(f"| {kind} | {row} | {why[kind, row]} | | | | |")
                 continue
+            if not any((kind, row, metric) in value for metric in METRICS):
+                continue  # what a result has not got
             cells = []
             for metric, unit in (("median seconds", 1e-3), ("peak bytes", 2**20)):
                 got = value.get((kind, row, metric))
