@@ -1,5 +1,6 @@
 """Strict settings for every test: eight CPU devices, no silent promotion, no network."""
 
+import gc
 import os
 import pathlib
 
@@ -26,6 +27,10 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# A third of the time is tracing's: many objects that are garbage together, and a source line of
+# each operation that nobody reads.
+jax.config.update("jax_traceback_in_locations_limit", 0)
+gc.set_threshold(200_000, 20, 20)
 
 
 ROOM = 3 * 2**30

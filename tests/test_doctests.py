@@ -14,6 +14,21 @@ MODULES = [
 ]
 # A file is one worker's, and these are half of the time: test_doctests_models.py runs them.
 ELSEWHERE = [name for name in MODULES if name.startswith("jmeta.models")]
+# Their examples compile a network or two: half of the time of all.
+LONG = {
+    "jmeta.methods.aloe",
+    "jmeta.methods.fast_weights",
+    "jmeta.methods.fast_weights_stream",
+    "jmeta.methods.token_weights",
+    "jmeta.models.bert",
+    "jmeta.models.cached",
+    "jmeta.models.conv",
+    "jmeta.models.masked_lm",
+    "jmeta.models.nplm",
+    "jmeta.models.pretraining",
+    "jmeta.tasks.objectives",
+    "jmeta.testing",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +38,11 @@ def defaults():
         yield
 
 
-@pytest.mark.parametrize("name", ["jmeta", *(name for name in MODULES if name not in ELSEWHERE)])
+def cases(names):
+    return [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in names]
+
+
+@pytest.mark.parametrize("name", cases(["jmeta", *(n for n in MODULES if n not in ELSEWHERE)]))
 def test_doctests(name):
     check(name)
 

@@ -289,7 +289,13 @@ BODIES = {
 }
 
 
-@pytest.mark.parametrize("name", BODIES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow) if n in ("scan", "relu", "jit") else n
+        for n in BODIES
+    ],
+)
 def test_mixed_mode_equals_reverse_whatever_the_loss_is_made_of(name):
     loss = layered(BODIES[name])
     problem = Problem(loss, loss, lambda m: optax.sgd(m["rate"]), init=lambda m, key: m["net"])

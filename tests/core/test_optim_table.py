@@ -145,7 +145,14 @@ TABLE = {
 }
 
 
-@pytest.mark.parametrize("name", TABLE)
+# Always: those that jmeta has its own of. With -m slow: those that it leaves as they are, too.
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if TABLE[name][3] is not None else pytest.param(name, marks=pytest.mark.slow)
+        for name in TABLE
+    ],
+)
 def test_what_optax_does_is_what_the_docstring_says(name):
     theirs, entries, leaf, _ = TABLE[name]
     # optax needs standard promotion, and some of optax.contrib a rank promotion too.

@@ -36,7 +36,7 @@ def mesh():
     return jax.make_mesh((4, 2), ("tasks", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 
-@pytest.mark.parametrize("microbatch", [None, 1])
+@pytest.mark.parametrize("microbatch", [pytest.param(None, marks=pytest.mark.slow), 1])
 @pytest.mark.parametrize("name", list(ESTIMATORS))
 def test_gradients_are_reduced_once_and_nothing_inside_a_loop(
     name, microbatch, meta, episodes, mesh

@@ -92,6 +92,7 @@ def test_it_trains_in_a_compiled_outer_step(tmp_path):
     np.testing.assert_allclose(state.meta, q.meta - 0.1 * q.exact(2), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_memory_is_kept_to(tmp_path):
     problem, meta, episode = network()
     free = cost.fastest(problem, 16, meta, episode, memory="1GiB", folder=tmp_path)
@@ -117,6 +118,7 @@ def planned_of(choice, estimator, remat):
     return tight_trial(choice, estimator, remat).bytes
 
 
+@pytest.mark.slow
 def test_fewer_tasks_together_where_all_do_not_fit(tmp_path):
     problem, meta, episode = network()
     tasks = jax.tree.map(lambda x: jnp.stack([x] * 4), episode)
@@ -156,7 +158,7 @@ def test_a_choice_is_kept_and_read_again(tmp_path, monkeypatch):
     assert "read from" in cost.explain(again)
 
 
-@pytest.mark.parametrize("damage", ["", "{}", "[1]", "cut"])
+@pytest.mark.parametrize("damage", ["{}", "cut"])
 def test_a_file_that_is_no_choice_is_measured_again(tmp_path, damage):
     q = quadratic()
     first = cost.fastest(q.problem, 1, q.meta, q.episode, memory="1MiB", folder=tmp_path)

@@ -187,6 +187,7 @@ def test_named_models_refuse_what_they_cannot_hold():
         setting("bert-base", tokens=513)
 
 
+@pytest.mark.slow
 def test_an_encoder_compiles_on_a_mesh_with_tensor_parallel_weights():
     given = setting("bert-base", layers=1, tokens=8, sequences=2)
     fewer = {"tasks": 1, "fsdp": 4, "tensor": 2}

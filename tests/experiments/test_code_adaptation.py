@@ -47,6 +47,7 @@ def test_every_method_is_there_for_every_seed_and_support(run):
     assert "against" in str({r["metric"] for r in read_results(run)["summary"]})
 
 
+@pytest.mark.slow
 def test_without_a_rate_all_that_adapts_is_the_base_and_attention_reads_what_it_says():
     source = experiment.files.files([np.arange(300) % 97, np.arange(250) % 89], CONFIG.vocab)
     episodes = experiment.holes(CONFIG, source, "shared", 3, True)(0, 0)

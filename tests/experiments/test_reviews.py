@@ -43,6 +43,7 @@ def loaded(cache):
     return experiment.load(experiment.PRESETS["smoke"])
 
 
+@pytest.mark.slow
 def test_smoke_scores_every_method_against_both_baselines(smoke):
     results = report.read_results(smoke)
     scored = {row["method"]: row for row in results["rows"] if row["metric"] == "accuracy"}
@@ -63,6 +64,7 @@ def test_smoke_scores_every_method_against_both_baselines(smoke):
         assert (smoke / name).stat().st_size > 0, name
 
 
+@pytest.mark.slow
 def test_the_report_says_what_the_numbers_show_and_how_long_steps_waited(smoke):
     said = (smoke / "report.html").read_text()
     assert "the best meta-learner" in said
@@ -78,6 +80,7 @@ def test_the_report_says_what_the_numbers_show_and_how_long_steps_waited(smoke):
     assert set(worst) == {*experiment.META, "transfer"}
 
 
+@pytest.mark.slow
 def test_transfer_takes_exactly_mamls_gradient_evaluations(smoke):
     config = experiment.PRESETS["smoke"]
     # 2 inner steps on 4 reviews, each thrice; 4 queries; 2 episodes, 4 meta-steps.
@@ -240,11 +243,13 @@ def test_what_is_missing_ends_with_what_to_do(tmp_path, monkeypatch):
         model.load("minilm", [], 32)
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_folder_is_refused(smoke):
     with pytest.raises(SystemExit, match="add --resume"):
         experiment.main(["--preset", "smoke", "--out", str(smoke)])
 
 
+@pytest.mark.slow
 def test_resuming_reads_what_is_complete_and_gives_the_same_numbers(smoke):
     before = (smoke / "results.json").read_text()
     experiment.main(["--preset", "smoke", "--out", str(smoke), "--resume"])

@@ -29,6 +29,7 @@ def _numpy_mse(params, x, y):
     return float(np.mean((x - y) ** 2))
 
 
+@pytest.mark.slow
 def test_a_run_leaves_everything_the_contract_names(run):
     for name in ("config.yaml", "run.json", "metrics.jsonl", "report.html", "examples.png",
                  "adaptation-k10.svg", "learning.png", "differences.png"):  # fmt: skip
@@ -37,6 +38,7 @@ def test_a_run_leaves_everything_the_contract_names(run):
     assert methods == {"maml", "fomaml", "reptile", "joint training"}
 
 
+@pytest.mark.slow
 def test_results_hold_each_method_seed_and_step_and_pair_with_maml(run):
     results = read_results(run)
     rows = [row for row in results["rows"] if row["metric"] == "mse" and "test_steps" in row]
@@ -53,6 +55,7 @@ def test_results_hold_each_method_seed_and_step_and_pair_with_maml(run):
             assert row["paired_difference"] == pytest.approx(difference)
 
 
+@pytest.mark.slow
 def test_the_error_before_adaptation_is_that_of_the_initial_network(run):
     config = sinusoid.PRESETS["smoke"]
     params = jax.tree.map(lambda leaf: np.asarray(leaf[1]), sinusoid.initial(config))

@@ -193,6 +193,7 @@ def test_checkpoint_and_rate_are_chosen_on_validation_points_alone(data):
     assert found.test.tolist() == [expected.mean()]
 
 
+@pytest.mark.slow
 def test_a_run_leaves_everything_the_contract_names(run):
     for name in ("config.yaml", "run.json", "metrics.jsonl", "report.html", "accuracy.png",
                  "mlm.svg", "maps.png", "differences.png", "methods/mlm.json"):  # fmt: skip
@@ -208,6 +209,7 @@ def test_a_run_leaves_everything_the_contract_names(run):
     assert set(pairs.values()) == {"mlm"}
 
 
+@pytest.mark.slow
 def test_methods_join_the_table_and_what_is_there_is_only_read(run, tmp_path):
     out = tmp_path / "two_moons"
     shutil.copytree(run, out)

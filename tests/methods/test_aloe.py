@@ -171,6 +171,7 @@ def test_the_sampler_approaches_the_model(x64):
     np.testing.assert_array_equal(state.energy, coupling)
 
 
+@pytest.mark.slow
 def test_the_model_approaches_the_data(x64):
     sampler, params = world(0.1)
     truth = model(lambda x: pairs(0.5 * jax.random.normal(jax.random.key(3), (N, N)), x))

@@ -92,6 +92,7 @@ def test_draws_follow_the_scores():
         generate(one, (), jnp.zeros((1, 0), jnp.int32), 3)
 
 
+@pytest.mark.slow
 def test_exact_training_learns_to_use_what_it_has_read():
     """Documents over a random alphabet of their own: only fast weights can know it."""
     key = jax.random.key(1)

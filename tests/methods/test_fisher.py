@@ -105,7 +105,12 @@ def networks():
 
 @pytest.mark.parametrize(
     ("name", "time"),  # two positions: by Gram matrices; six: by one gradient at a time
-    [("bert", 2), ("bert, scanned", 6), ("gpt2", 6), ("transformer", 2)],
+    [
+        pytest.param("bert", 2, marks=pytest.mark.slow),
+        ("bert, scanned", 6),
+        ("gpt2", 6),
+        ("transformer", 2),
+    ],
 )
 def test_taps_equal_whole_gradients(x64, name, time):
     init, apply = networks()[name]

@@ -129,6 +129,7 @@ def test_keys_are_what_the_last_feed_forward_layer_reads(kind, layers):
     )
 
 
+@pytest.mark.slow
 def test_a_model_that_has_read_a_text_finds_it_again():
     """From end to end: the text itself as the query, whose nearest neighbour is itself."""
     config = transformer.TransformerConfig(vocab=11, width=8, layers=2, heads=2, max_len=12)

@@ -81,7 +81,10 @@ def params_of(kind):
     return {"odds": jnp.linspace(-1.0, 1.0, VOCAB)} if kind == "masks" else teacher_params()
 
 
-@pytest.mark.parametrize(("kind", "steps"), [("both", 1), ("inputs", 2), ("masks", 1)])
+@pytest.mark.parametrize(
+    ("kind", "steps"),
+    [("both", 1), ("inputs", 2), pytest.param("masks", 1, marks=pytest.mark.slow)],
+)
 def test_soft_gradient_is_that_of_the_loop_and_of_central_differences(kind, steps):
     lead = (2, steps, 2) if steps > 1 else (2, 2)
     unlabelled = text(*lead)

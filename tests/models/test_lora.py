@@ -117,7 +117,7 @@ def test_fresh_factors_change_nothing_and_decoders_have_them_too(x64):
     )
 
 
-@pytest.mark.parametrize("loop", ["scan", "unroll"])
+@pytest.mark.parametrize("loop", ["scan", pytest.param("unroll", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("what", ["lora", "norms and biases", "head", "top"])
 def test_no_gradient_has_the_shape_of_a_frozen_kernel(loop, what):
     """First order, and exact second order through an inner loop."""

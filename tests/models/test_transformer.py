@@ -250,7 +250,9 @@ def test_bfloat16_is_close_and_keeps_float32_at_the_ends():
         assert jnp.linalg.norm(a - b) < 0.1 * jnp.linalg.norm(b)
 
 
-@pytest.mark.parametrize(("loop", "remat"), [("unroll", "none"), ("scan", "dots")])
+@pytest.mark.parametrize(
+    ("loop", "remat"), [pytest.param("unroll", "none", marks=pytest.mark.slow), ("scan", "dots")]
+)
 def test_hessian_vector_product_against_central_differences(x64, loop, remat):
     config = CONFIG._replace(layers=2, loop=loop, remat=remat)
     params, tokens = draw(config)

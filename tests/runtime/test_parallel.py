@@ -330,7 +330,11 @@ def single():
 
 @pytest.mark.parametrize(
     "name",  # fsdp is a part of the run that goes on with fewer devices
-    ["data parallel", "all three", pytest.param("fsdp", marks=pytest.mark.slow)],
+    [
+        pytest.param("data parallel", marks=pytest.mark.slow),
+        "all three",
+        pytest.param("fsdp", marks=pytest.mark.slow),
+    ],
 )
 def test_one_device_equals_eight_in_float32(name, single):
     eight = run(MESHES[name], optax.sgd(0.1))
