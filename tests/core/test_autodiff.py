@@ -1,11 +1,10 @@
-"""Inner gradients and their derivatives: three kinds, and the scans that carry them."""
+"""Inner gradients and their derivatives: three kinds."""
 # ruff: noqa: E731
 
 import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 
@@ -17,7 +16,6 @@ from jmeta.core.autodiff import (
     stopped_grad,
     variables_read,
 )
-from jmeta.core.steps import block_length, scan_steps
 from jmeta.testing import relative_error
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -400,67 +398,6 @@ def test_mixed_mode_may_stand_inside_a_users_own_derivatives():
         for m in (jmeta.unrolled, jmeta.mixed_mode)
     ]
     assert float(slopes[1]) == pytest.approx(float(slopes[0]), rel=1e-11)
-
-
-# Scans over inner steps
-
-
-def logistic(carry, x):
-    carry = {"a": 3.0 * carry["a"] * (1 - carry["a"]) + 0.1 * x["u"], "n": carry["n"] + 1}
-    return carry, (carry["a"] ** 2, {"n": carry["n"]})
-
-
-@pytest.mark.parametrize("remat", ["step", "nested"])
-def test_remat_changes_neither_values_nor_gradients_at_any_length(remat):
-    for length in (1, 2, 5, 8, 13):
-        u = jnp.linspace(0.0, 1.0, length)
-
-        def value(a, u, remat, length=length):
-            start = {"a": a, "n": jnp.asarray(0)}
-            carry, (ys, others) = scan_steps(logistic, start, {"u": u}, length, remat)
-            return carry["a"] + jnp.vdot(ys, jnp.arange(1.0, length + 1)), (ys, others["n"])
-
-        run = jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True), static_argnums=2)
-        (plain, outputs), slopes = run(0.3, u, "none")
-        (again, other_outputs), other_slopes = run(0.3, u, remat)
-        assert float(again) == pytest.approx(float(plain), rel=1e-13)
-        np.testing.assert_allclose(other_outputs[0], outputs[0], rtol=1e-13)
-        assert other_outputs[1].tolist() == list(range(1, length + 1))
-        assert relative_error(other_slopes, slopes) < 1e-12
-
-
-def test_a_scan_without_inputs_and_an_unknown_remat():
-    count_up = lambda carry, _: (carry * 1.5, None)
-    for remat in ("none", "step", "nested"):
-        assert float(scan_steps(count_up, 1.0, None, 7, remat)[0]) == 1.5**7
-    with pytest.raises(ValueError, match="remat is 'block'; choose one of none, step, nested"):
-        scan_steps(count_up, 1.0, None, 7, "block")
-
-
-@pytest.mark.parametrize("length", [1, 2])
-@pytest.mark.parametrize(
-    "changed",
-    [
-        lambda count: count.astype(jnp.float64),
-        lambda count: jnp.stack([count, count]),
-        lambda count: {"count": count},
-    ],
-)
-def test_a_step_that_changes_its_carry_is_refused_at_any_length(length, changed):
-    step = lambda carry, _: ({"a": 2 * carry["a"], "n": changed(carry["n"])}, None)
-    with pytest.raises(TypeError, match=r"same|equal"):
-        scan_steps(step, {"a": 1.0, "n": jnp.float32(0)}, None, length)
-    number = scan_steps(lambda carry, _: (carry * jnp.float32(2), None), 1.0, None, length)[0]
-    assert number.dtype == jnp.float32  # a Python number has no dtype to keep
-
-
-def test_blocks_are_near_the_square_root():
-    for length in range(1, 500):
-        block = block_length(length)
-        assert 1 <= block <= length
-        # What nested checkpointing stores: one carry for each block, and for each step of one.
-        stored = length // block + block + length % block
-        assert stored <= 3.2 * np.sqrt(length) + 1, length
 
 
 def test_the_same_episode_as_steps_or_as_one_batch():
