@@ -170,7 +170,10 @@ def learners(config: Config, body: Body, vocab: int) -> dict[str, Any]:
     def block(base: PyTree, seed: int) -> PyTree:
         width = body.config.width
         key = jax.random.fold_in(jax.random.key(seed), 1)
-        return {"body": base, "block": fast_weights.init(width, width, key, config.step_size)}
+        return {
+            "body": base,
+            "block": fast_weights.init_near_identity(width, key, config.step_size),
+        }
 
     def rates(base: PyTree, seed: int) -> PyTree:
         start = jnp.log(jnp.float32(config.inner_rate)) / methods_of.SPEED
