@@ -17,6 +17,8 @@ from jmeta.methods.fast_weights_block import (
     at_least_float32,
     dense,
     gradients,
+    init,
+    init_near_identity,
     slow_pass,
     squared_relu,
     standardised,
@@ -24,6 +26,21 @@ from jmeta.methods.fast_weights_block import (
 from jmeta.methods.linear_attention import linear_attention
 
 Params = dict[str, Any]
+__all__ = [
+    "FastWeights",
+    "Memory",
+    "features",
+    "init",
+    "init_memory",
+    "init_near_identity",
+    "learn",
+    "loss",
+    "next_tokens",
+    "read",
+    "segment",
+    "slow_features",
+    "token_losses",
+]
 
 
 class FastWeights(NamedTuple):
@@ -64,71 +81,6 @@ class Memory(NamedTuple):
     scale: Array
     bias: Array
     weight: Array
-
-
-def init(width: int, size: int, key: Array, step_size: float = 0.01) -> Params:
-    r"""Draws a block: Dense to 4 size, squared ReLU, Dense to size, LayerNorm; and step sizes.
-
-    Kernels are drawn with variance one over their inputs, biases are zero.
-
-    Args:
-        width: of the body's final states.
-        size: of the output; the unembedding's width.
-        key: a PRNG key.
-        step_size: where the learned step sizes begin.
-
-    Returns:
-        ``{"up", "down"}``, each ``{"kernel" [in, out], "bias"}``, ``"norm"`` ``{"scale", "bias"}``
-        and ``"steps"`` ``{"up", "down", "norm"}``, scalars. All are slow weights.
-
-    Example:
-        >>> block = init(6, 4, jax.random.key(0))
-        >>> block["up"]["kernel"].shape, float(block["steps"]["up"])
-        ((6, 16), 0.009999999776482582)
-    """
-    first, second = jax.random.split(key)
-
-    def dense(key: Array, rows: int, columns: int) -> Params:
-        kernel = jax.random.normal(key, (rows, columns)) * rows**-0.5
-        return {"kernel": kernel, "bias": jnp.zeros(columns)}
-
-    return {
-        "up": dense(first, width, 4 * size),
-        "down": dense(second, 4 * size, size),
-        "norm": {"scale": jnp.ones(size), "bias": jnp.zeros(size)},
-        "steps": {name: jnp.full((), step_size) for name in ("up", "down", "norm")},
-    }
-
-
-def init_near_identity(width: int, key: Array, step_size: float = 0.01) -> Params:
-    r"""Draws a block that begins as LayerNorm alone: for a body that is trained already.
-
-    .. math:: (1 + h/4)_+^2 - (1 - h/4)_+^2 = h \quad\text{where } |h| \le 4
-
-    Half of the hidden units are these pairs; the others are random and not yet read, so that fast
-    weights have features to match positions by.
-
-    Args:
-        width: of the body's final states and of the output.
-        key: a PRNG key.
-        step_size: where the learned step sizes begin.
-
-    Returns:
-        As ``init``.
-
-    Example:
-        >>> block = init_near_identity(3, jax.random.key(0))
-        >>> hidden = jnp.array([[1.0, -2.0, 0.5]]) @ block["up"]["kernel"] + block["up"]["bias"]
-        >>> (jnp.maximum(hidden, 0) ** 2 @ block["down"]["kernel"]).tolist()
-        [[1.0, -2.0, 0.5]]
-    """
-    params = init(width, width, key, step_size)
-    pair = jnp.concatenate([jnp.eye(width), -jnp.eye(width)], 1)
-    up, down = params["up"], params["down"]
-    up["kernel"] = up["kernel"].at[:, : 2 * width].set(pair / 4)
-    up["bias"] = up["bias"].at[: 2 * width].set(1)
-    down["kernel"] = jnp.zeros_like(down["kernel"]).at[: 2 * width].set(pair.T)
-    return params
 
 
 def init_memory(params: Params, batch: int) -> Memory:

@@ -49,6 +49,19 @@ def loss_sum(params, table, states, labels, weights, total=1.0):
     return -(weights * scores[jnp.arange(len(labels)), labels]).sum() / total
 
 
+def test_a_block_near_identity_begins_as_layer_norm_and_its_features_can_learn():
+    params = fast_weights.init_near_identity(WIDTH, jax.random.key(0))
+    states = 4 * jax.random.uniform(jax.random.key(1), (3, WIDTH), minval=-1, maxval=1)
+    centred = states - states.mean(-1, keepdims=True)
+    unit = centred / jnp.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
+    slow = lambda params: fast_weights.slow_features(PREFIX, params, states)  # noqa: E731
+    np.testing.assert_allclose(slow(params), unit, rtol=1e-12, atol=1e-12)
+    grads = jax.grad(lambda params: jnp.sum(jnp.sin(slow(params))))(params)
+    unread = grads["down"]["kernel"][2 * WIDTH :]
+    assert float(jnp.abs(params["down"]["kernel"][2 * WIDTH :]).max()) == 0
+    assert float(jnp.abs(unread).max(-1).min()) > 0
+
+
 def stepped(params, grads):
     """One step on everything but the Dense biases, which are slow."""
     moved = {
