@@ -233,10 +233,8 @@ def measure(config: Config) -> list[dict[str, Any]]:
             if part == GENERATION:
                 rate = config.written / cost.median(values)
                 rows.append(row_of(part, name, "tokens per second", rate))
-                longer, given = every[name][0], every[name][1]
-                del longer
                 rows.append(row_of(part, name, "temp_bytes for a token more",
-                                   growth(config, name, given)))  # fmt: skip
+                                   growth(config, name, arguments[name])))  # fmt: skip
     return rows + (gpt2_flops(config) if config.gpt2_tokens else [])
 
 
