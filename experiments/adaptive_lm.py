@@ -121,7 +121,7 @@ PRESETS = {
         seeds=1, width=64, layers=2, heads=2, length=256, segment=32, base_steps=200,
         extra_steps=200, validation_documents=8,
     ),
-    # Three seeds: an hour on two cores for all methods, and a few minutes for fast weights.
+    # Three seeds at a size between the two; --methods takes some of it at a time.
     "small": Config(),
     # For an accelerator: minutes there, days on two cores.
     "full": Config(

@@ -6,7 +6,7 @@ fast weights is ever formed: the steps are a linear attention over the past.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jmeta.core.types import Array
 from jmeta.methods.fast_weights_block import (
     Learned,
+    Params,
     at_least_float32,
     dense,
     gradients,
@@ -25,7 +26,6 @@ from jmeta.methods.fast_weights_block import (
 )
 from jmeta.methods.linear_attention import linear_attention
 
-Params = dict[str, Any]
 __all__ = [
     "FastWeights",
     "Memory",

@@ -174,7 +174,7 @@ def finished(process):
     return lines
 
 
-def test_killed_at_random_steps_and_resumed_equals_uninterrupted(tmp_path):
+def test_killed_at_a_random_step_and_resumed_equals_uninterrupted(tmp_path):
     whole = finished(launch(str(tmp_path / "whole")))
     # The save at step 10 waits for that of step 5: from step 12 on there is one to resume from.
     out, kills = str(tmp_path / "killed"), np.random.default_rng().integers(12, 39, 1)
