@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import statistics as median_of
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -42,14 +43,46 @@ class Config(configuration.RunConfig):
     """Timed runs of each cell, interleaved."""
     processes: int = 3
     """Processes that measure one after the other: where the arrays happen to lie decides 10 %."""
+    cells: tuple[str, ...] = ()
+    """Which rows of the table are measured; none named: all. First order is always one."""
     growth: bool = True
     """Also compile mixed mode at 16 and 64 inner steps and report how its memory grows."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the decoder is computed in. float32 is float32 on a GPU too, and not TF32."""
+    width: int = 256
+    """Width of the decoder."""
+    layers: int = 4
+    """Its blocks."""
+    heads: int = 4
+    """Its attention heads."""
+    vocab: int = 1024
+    """Its vocabulary."""
+    batch: tuple[int, int] = (4, 128)
+    """Sequences of an inner step, and tokens of a sequence."""
     small: bool = False
     """Shrink the models, to see that everything runs."""
 
 
 PRESETS = {
     "lm": Config(),
+    # 23M parameters and 2048 tokens a step: as much as fills a GPU, and reverse mode one of 80 GB.
+    "gpu": Config(
+        width=512,
+        layers=6,
+        heads=8,
+        vocab=4096,
+        batch=(8, 256),
+        processes=1,
+        repeats=10,
+        growth=False,
+        cells=(
+            "mixed_mode",
+            "mixed_mode, block remat",
+            "mixed_mode, products kept",
+            "mixed_mode, nested",
+            "unrolled",
+        ),
+    ),
     "mlp": Config(model="mlp", steps=(1, 5, 10), repeats=15, growth=False),
     "conv": Config(model="conv", steps=(1, 5), repeats=5, growth=False),
     "smoke": Config(steps=(2,), repeats=1, processes=1, growth=False, small=True),
@@ -73,19 +106,20 @@ class Cell(NamedTuple):
     setting: Setting
 
 
-def decoder(steps: int, variant: str, *, small: bool = False) -> Setting:
-    """The lm preset: 4 layers, width 256, 4 heads, vocabulary 1024, batch 4 x 128 tokens."""
+def decoder(given: Config, steps: int, variant: str) -> Setting:
+    """A decoder of the config's shape; ``variant``: how layers are looped and rematerialised."""
     loop, remat = variant.split("/")
     config = transformer.TransformerConfig(
-        vocab=64 if small else 1024,
-        width=16 if small else 256,
-        layers=2 if small else 4,
-        heads=4,
-        max_len=128,
+        vocab=64 if given.small else given.vocab,
+        width=16 if given.small else given.width,
+        layers=2 if given.small else given.layers,
+        heads=4 if given.small else given.heads,
+        max_len=given.batch[1],
         loop=loop,  # pyright: ignore[reportArgumentType]
         remat=remat,  # pyright: ignore[reportArgumentType]
+        dtype=None if given.dtype == "float32" else jnp.dtype(given.dtype),
     )
-    batch = (4, 16) if small else (4, 128)
+    batch = (4, 16) if given.small else given.batch
     keys = jax.random.split(jax.random.key(0), 3)
 
     def loss(params: PyTree, tokens: jax.Array, key: Any):
@@ -136,6 +170,16 @@ def classifier(*, small: bool = False) -> Setting:
 
 
 def cells(config: Config, steps: int) -> list[Cell]:
+    """The cells of one table, those of them that are wanted."""
+    every = all_cells(config, steps)
+    names = [cell.name for cell in every]
+    if unknown := [name for name in config.cells if name not in names]:
+        raise ValueError(f"no rows named {', '.join(unknown)}: there are {'; '.join(names)}")
+    wanted = config.cells or names
+    return [c for c in every if c.name in wanted or c.name.startswith("first_order")]
+
+
+def all_cells(config: Config, steps: int) -> list[Cell]:
     """The cells of one table."""
     if config.model != "lm":
         build = {"mlp": regressor, "conv": classifier}[config.model]
@@ -144,7 +188,7 @@ def cells(config: Config, steps: int) -> list[Cell]:
         return [Cell(name, mg, setting) for name, mg in made.items()]
 
     def lm(variant: str) -> Setting:
-        return decoder(steps, variant, small=config.small)
+        return decoder(config, steps, variant)
 
     looped, scanned = lm("unroll/none"), lm("scan/none")
     dots, full = lm("scan/dots"), lm("scan/full")
@@ -188,11 +232,15 @@ def measure(config: Config, steps: int, process: int) -> list[dict[str, Any]]:
     """Compile every cell, then run them in turns."""
     # A compile time that a cache has answered is not one.
     jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_default_matmul_precision", "highest")  # matters to float32 only
     every = cells(config, steps)
-    programs = {
-        c.name: cost.compile_estimate(c.mg, c.setting.meta, c.setting.episode) for c in every
-    }
-    first = every[0].setting
+    programs = {}
+    for c in every:
+        program = cost.compile_estimate(c.mg, c.setting.meta, c.setting.episode)
+        print(f"{c.name}: compiled in {program.compile_seconds:.0f} s", file=sys.stderr)
+        programs[c.name] = program
+    exact = dataclasses.replace(config, dtype="float32")
+    first = cells(exact, steps)[0].setting
     reference = cost.exact_reference(first.problem, steps, first.meta, first.episode)
     arguments = {c.name: (c.setting.meta, c.setting.episode) for c in every}
     seconds, errors = cost.interleave(programs, arguments, config.repeats, reference)
@@ -231,11 +279,11 @@ def growth(config: Config) -> list[dict[str, Any]]:
     jax.config.update("jax_enable_compilation_cache", False)
 
     def temp(steps: int, remat: Remat) -> int:
-        setting = decoder(steps, "scan/dots", small=config.small)
+        setting = decoder(config, steps, "scan/dots")
         mg = jmeta.mixed_mode(setting.problem, steps, remat=remat)
         return cost.compile_estimate(mg, setting.meta, setting.episode).temp_bytes
 
-    one = decoder(1, "scan/dots", small=config.small)
+    one = decoder(config, 1, "scan/dots")
     fast = cost.fast_bytes(one.problem, one.meta)
     few, many = temp(16, "step"), temp(64, "step")
     slope, nested = (many - few) / 48 / fast, temp(64, "nested") / many

@@ -5,8 +5,8 @@ For jmeta's own tests and for users who write an estimator or a loss of their ow
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.flatten_util
@@ -99,6 +99,30 @@ def quadratic(dim: int = 5, rate: float = 0.1, seed: int = 0) -> Quadratic:
     problem = Problem(loss(inner_matrix), loss(outer_matrix), lambda meta: optax.sgd(rate))
     meta, target, query = (jax.random.normal(k, (dim,)) for k in keys[4:7])
     return Quadratic(problem, meta, Episode(target, query), inner_matrix, outer_matrix, rate)
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Every equation of a jaxpr and of the jaxprs inside it: calls, loops, branches.
+
+    For tests of what a program does rather than of how long it takes. A loop's body counts once.
+
+    Args:
+        jaxpr: open or closed.
+
+    Yields:
+        Equations, outer ones first.
+
+    Example:
+        >>> f = lambda x: jax.lax.scan(lambda c, _: (c @ c, None), x, None, length=3)[0]
+        >>> [eqn.primitive.name for eqn in equations(jax.make_jaxpr(f)(jnp.eye(2)))]
+        ['scan', 'dot_general']
+    """
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        yield eqn
+        for value in eqn.params.values():
+            for item in value if isinstance(value, tuple | list) else (value,):
+                if hasattr(getattr(item, "jaxpr", item), "eqns"):
+                    yield from equations(item)
 
 
 def central_differences(

@@ -38,6 +38,35 @@ def contains(jaxpr: Any, name: str) -> bool:
     return False
 
 
+def scan_parts(eqn: Any) -> tuple[int, int]:
+    """How many inputs of a ``scan`` are constants, and how many are carried.
+
+    Read off shapes, which every version of jax has: what is scanned over or stacked has an axis
+    more outside than inside.
+
+    Args:
+        eqn: an equation of a jaxpr whose primitive is ``scan``.
+
+    Returns:
+        ``(constants, carried)``; inputs come in this order, then what is scanned over, and
+        outputs are what is carried, then what is stacked.
+
+    Example:
+        >>> import jax
+        >>> f = lambda w, xs: jax.lax.scan(lambda c, x: (w * c + x, c), 0.0, xs)
+        >>> scan_parts(jax.make_jaxpr(f)(2.0, jax.numpy.ones(3)).eqns[-1])
+        (1, 1)
+    """
+    body = getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])
+
+    def alike(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+        pairs = zip(outside, inside, strict=True)
+        return sum(len(a.aval.shape) == len(b.aval.shape) for a, b in pairs)
+
+    carried = alike(eqn.outvars, body.outvars)
+    return alike(eqn.invars, body.invars) - carried, carried
+
+
 def variables_read(jaxpr: Any, outputs: Sequence[Any]) -> set[Any]:
     """The variables of a jaxpr on which some of its outputs depend.
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jmeta.core.estimators import first_order, mixed_mode, reptile, unrolled
 from jmeta.core.inner import Objective, final
-from jmeta.core.tracing import variables_read
+from jmeta.core.tracing import scan_parts, variables_read
 from jmeta.core.types import Array, Episode, Key, MetaGradient, Problem, PyTree
 
 
@@ -169,7 +169,7 @@ def _flops(jaxpr: Any, outputs: Sequence[Any]) -> float:
             total += max(_flops(b.jaxpr, b.jaxpr.outvars) for b in eqn.params["branches"])
         else:
             times = eqn.params["length"] if name == "scan" else 1
-            carried = eqn.params["num_carry"] if name == "scan" else 0
+            carried = scan_parts(eqn)[1] if name == "scan" else 0
             for key, value in eqn.params.items():
                 # The forward and backward rules of a custom derivative are not run beside it.
                 if key in ("jaxpr", "call_jaxpr", "fun_jaxpr", "body_jaxpr") and value is not None:

@@ -264,7 +264,11 @@ def mix(
     batch, heads, time, per_head = q.shape
     if config.attention == "fused":
         q, k, v = (jnp.transpose(each, (0, 2, 1, 3)) for each in (q, k, v))
-        mixed = jax.nn.dot_product_attention(q, k, v, mask=allowed)
+        # jax does not choose by itself. cuDNN's kernel reads half precision only.
+        flash = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
+        mixed = jax.nn.dot_product_attention(
+            q, k, v, mask=allowed, implementation="cudnn" if flash else "xla"
+        )
     else:
         q = q * per_head**-0.5
         scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=accumulate(q.dtype))

@@ -35,9 +35,9 @@ class TransformerConfig(NamedTuple):
             the ``"dots"`` (weight matmuls) or the MLP's ``"hidden"`` layer; or ``"full"``. On a
             CPU XLA undoes it for unrolled layers, so use ``loop="scan"`` with it.
         attention: ``"xla"``: batched matmuls, differentiable to any order; ``"fused"``:
-            ``jax.nn.dot_product_attention``, whose implementation jax chooses by platform. On
-            CPU that is again plain XLA; on a GPU cuDNN's kernel has no second derivative, so keep
-            it out of inner losses (it is for ``Problem.encode`` and for first-order training).
+            ``jax.nn.dot_product_attention``, which on a GPU and in half precision is cuDNN's flash
+            attention and elsewhere plain XLA. That kernel has no second derivative, so keep it out
+            of inner losses (it is for ``Problem.encode`` and for first-order training).
         dropout: probability of zeroing, at the embeddings and at both branches of every block;
             active only where a key is passed.
         gelu: ``"tanh"``: the approximation of GPT-2; ``"exact"``: with the error function.

@@ -16,7 +16,8 @@ from jmeta.core.autodiff import (
     stopped_grad,
     variables_read,
 )
-from jmeta.testing import relative_error
+from jmeta.core.tracing import scan_parts
+from jmeta.testing import equations, relative_error
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -37,14 +38,6 @@ def count(jaxpr, name):
         total += eqn.primitive.name == name
         total += times * sum(count(body, name) for body in bodies(eqn))
     return total
-
-
-def scans(jaxpr):
-    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        if eqn.primitive.name == "scan":
-            yield eqn
-        for body in bodies(eqn):
-            yield from scans(body)
 
 
 # The three kinds of derivative of an inner gradient g(x, m) = d/dx (m x^3 + b x^2 + x m^2)
@@ -172,8 +165,9 @@ def test_leaves_that_the_inner_loss_never_reads_do_not_ride_along(reads_extra):
     jaxpr = jax.make_jaxpr(lambda m: mg.estimate(m, (), episode, None)[0])(meta)
     carried = [
         v.aval.shape
-        for eqn in scans(jaxpr)
-        for v in (*eqn.invars[eqn.params["num_consts"] :], *eqn.outvars)
+        for eqn in equations(jaxpr)
+        if eqn.primitive.name == "scan"
+        for v in (*eqn.invars[scan_parts(eqn)[0] :], *eqn.outvars)
         if v.aval.shape[-1:] == (11,)
     ]
     assert bool(carried) is reads_extra  # nothing that a loop carries or stacks has its shape

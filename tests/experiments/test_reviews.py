@@ -16,6 +16,7 @@ from experiments import reviews as experiment
 from jmeta.core.types import Episode
 from jmeta.models import bert, blocks, lora
 from jmeta.runtime import report
+from jmeta.testing import equations
 
 METHODS = {
     "maml", "fomaml", "reptile", "anil", "lora_maml", "transfer", "transfer, not adapted",
@@ -148,7 +149,7 @@ def test_what_is_frozen_is_not_differentiated(loaded):
         )
         products = [
             eqn.outvars[0].aval.shape
-            for eqn in _equations(jaxpr.jaxpr)
+            for eqn in equations(jaxpr)
             if eqn.primitive.name == "dot_general"
         ]
         assert products
@@ -156,16 +157,6 @@ def test_what_is_frozen_is_not_differentiated(loaded):
         assert tuple(sorted((4, time, width))) not in shapes
         kernels = tuple(sorted((width, 4 * width)))
         assert (kernels in shapes) == (kind != "lora")
-
-
-def _equations(jaxpr):
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for inner in jax.tree.leaves(
-            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
-        ):
-            if hasattr(inner, "jaxpr") or hasattr(inner, "eqns"):
-                yield from _equations(getattr(inner, "jaxpr", inner))
 
 
 def test_encoding_once_gives_what_the_whole_model_gives(loaded):

@@ -11,6 +11,7 @@ from jmeta import partition
 from jmeta.core.tree import merge
 from jmeta.methods.fisher import fisher, per_example, sampled, summed, tapped
 from jmeta.models import bert, gpt2, taps, transformer
+from jmeta.testing import equations
 
 KEY = jax.random.key(0)
 
@@ -171,19 +172,9 @@ def test_no_weight_gradient_exists_and_memory_is_that_of_a_batch():
     small, large = (compiled(count).temp_size_in_bytes for count in (8, 512))
     assert large - small < 16 * 512  # the examples' numbers, and nothing else
 
-    def is_jaxpr(value):
-        return hasattr(value, "eqns") or hasattr(value, "jaxpr")
-
-    def products(jaxpr):
-        for eqn in jaxpr.eqns:
-            if eqn.primitive.name == "dot_general":
-                yield eqn.outvars[0].aval.shape
-            for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr):
-                if is_jaxpr(value):
-                    yield from products(getattr(value, "jaxpr", value))
-
     inputs = {"tokens": jnp.zeros((8, 8), jnp.int32)}
-    shapes = list(products(jax.make_jaxpr(embed)(params, made, inputs).jaxpr))
+    found = equations(jax.make_jaxpr(embed)(params, made, inputs))
+    shapes = [e.outvars[0].aval.shape for e in found if e.primitive.name == "dot_general"]
     assert (4, 8, 8) in shapes  # Gram matrices
     kernels = {(64, 64), (64, 128), (128, 64)}
     assert not [shape for shape in shapes if shape[-2:] in kernels]

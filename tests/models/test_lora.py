@@ -13,6 +13,7 @@ import jmeta
 from jmeta.methods.anil import learned_body
 from jmeta.methods.maml import learned_start
 from jmeta.models import bert, gpt2, lora, partial, peft, tensorfile, transformer
+from jmeta.testing import equations
 
 # Sizes that no other array has, so that a shape tells whose gradient it is.
 BERT = bert.BertConfig(
@@ -51,23 +52,12 @@ def close(a, b, tolerance=1e-10):
     )
 
 
-def equations(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-        ):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
-
-
 def products(function, *args):
     """Shapes, without axes of length one, of all that matmuls and scatters produce."""
     jaxpr = jax.make_jaxpr(function)(*args)
     return [
         tuple(n for n in out.aval.shape if n != 1)
-        for equation in equations(jaxpr.jaxpr)
+        for equation in equations(jaxpr)
         if equation.primitive.name in ("dot_general", "scatter-add")
         for out in equation.outvars
     ]

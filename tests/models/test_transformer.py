@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jmeta.models import blocks, transformer
+from jmeta.testing import equations
 
 hidden, logits, pooled, next_token_loss, init = (
     jax.jit(f, static_argnums=0)
@@ -273,17 +274,6 @@ def test_hessian_vector_product_against_central_differences(x64, loop, remat):
     close(exact, reverse)
 
 
-def primitives(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-        ):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from primitives(inner)
-
-
 def test_looping_never_scatters_into_the_stack():
     """The gradient of a looped stack is one concatenation per leaf: no scatter, no padding."""
     config = CONFIG._replace(loop="unroll", layers=3)
@@ -292,7 +282,7 @@ def test_looping_never_scatters_into_the_stack():
     jaxpr = jax.make_jaxpr(jax.grad(loss))(params)
     stacks = {leaf.shape for leaf in jax.tree.leaves(params["blocks"])}
     made = {}
-    for equation in primitives(jaxpr.jaxpr):
+    for equation in equations(jaxpr):
         for out in equation.outvars:
             if out.aval.shape in stacks:
                 made.setdefault(equation.primitive.name, 0)
@@ -303,7 +293,7 @@ def test_looping_never_scatters_into_the_stack():
         made
     )
     # Inputs and targets share one gather of the embedding, so their gradients share one scatter.
-    names = [equation.primitive.name for equation in primitives(jaxpr.jaxpr)]
+    names = [equation.primitive.name for equation in equations(jaxpr)]
     assert names.count("scatter-add") == 1
 
 
