@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from benchmarks.pieces import keep_float32, leave
 from jmeta import cost, methods
 from jmeta.core.types import Array, Episode, MetaGradient, PyTree
 from jmeta.models import heads, losses, transformer
 from jmeta.runtime import config as configuration
-from jmeta.runtime import figures, report, statistics
+from jmeta.runtime import figures, statistics
 
 INSIDE, ENCODED, FUSED = "body in every step", "body in encode", "body in encode, fused attention"
 
@@ -109,7 +110,7 @@ def make(config: Config) -> Made:
 
 def measure(config: Config) -> list[dict[str, Any]]:
     """Compile the three, compare their gradients, run them in turns."""
-    jax.config.update("jax_default_matmul_precision", "highest")  # matters to float32 only
+    keep_float32(config.dtype)
     made = make(config)
     programs = {
         name: cost.compile_estimate(mg, made.meta, made.episode) for name, mg in made.ways.items()
@@ -140,8 +141,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = configuration.parse(PRESETS, argv, description=__doc__)
     configuration.dump(config, Path(config.out))
     rows = measure(config)
-    summary = statistics.summarise(rows)
-    report.write_results(Path(config.out), rows, summary)
     picture = figures.cost_figure(
         Path(config.out) / "cost",
         [row for row in rows if row["metric"] in ("median seconds", "temporary MB")],
@@ -149,11 +148,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         title=f"ANIL, {config.steps} inner steps, {config.tokens} tokens, {config.dtype}",
         reference=ENCODED,
     )
-    report.write_report(
-        Path(config.out), "What encode saves", "The same gradient in three ways.", config, summary,
-        {"Time and memory": picture}, [],
+    leave(
+        config, "What encode saves", "The same gradient in three ways.", rows,
+        statistics.summarise(rows), pictures={"Time and memory": picture},
     )  # fmt: skip
-    report.print_table(list(summary))
 
 
 if __name__ == "__main__":

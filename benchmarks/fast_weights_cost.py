@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from benchmarks.pieces import leave
 from benchmarks.teacher_cost import compiled
 from jmeta import cost
 from jmeta.core.types import Array, PyTree
@@ -25,7 +26,7 @@ from jmeta.methods.fast_weights import FastWeights
 from jmeta.methods.fast_weights_stream import decoder, generate, init_state
 from jmeta.models import decoding, gpt2, transformer
 from jmeta.runtime import config as configuration
-from jmeta.runtime import report, statistics
+from jmeta.runtime import statistics
 
 STATIC, FAST, DYNAMIC = "static", "fast weights", "dynamic evaluation"
 FIRST = "fast weights, first order"
@@ -283,24 +284,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = configuration.parse(PRESETS, argv, description=__doc__)
     configuration.dump(config, Path(config.out))
     rows = measure(config)
-    summary = statistics.summarise(
-        [row for row in rows if row["metric"] != "runs, seconds"], baseline=STATIC
-    )
-    report.write_results(Path(config.out), rows, summary)
-    notes = bars(rows)
-    for note in notes:
-        print(note)
-    report.write_report(
-        Path(config.out),
-        "What fast weights cost",
+    timed = [row for row in rows if row["metric"] != "runs, seconds"]
+    leave(
+        config, "What fast weights cost",
         f"A decoder of {config.layers} layers of width {config.width}, vocabulary {config.vocab}, "
         f"{config.tokens} tokens.",
-        config,
-        summary,
-        {},
-        notes,
-    )
-    report.print_table(list(summary))
+        rows, statistics.summarise(timed, baseline=STATIC), notes=bars(rows),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

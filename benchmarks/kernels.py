@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import jax
 
 from benchmarks import second_order_cost
+from benchmarks.pieces import keep_float32, leave
 from jmeta import cost
 from jmeta.runtime import config as configuration
-from jmeta.runtime import report, statistics
+from jmeta.runtime import statistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +32,13 @@ class Config(second_order_cost.Config):
     """How many kernels a table names."""
 
 
+def _profiled(given: second_order_cost.Config) -> Config:
+    cells: dict[str, Any] = {"cells": ("mixed_mode", "mixed_mode, block remat")}
+    return Config(**vars(given) | cells)
+
+
 PRESETS = {
-    name: Config(**vars(given) | {"cells": ("mixed_mode", "mixed_mode, block remat")})
+    name: _profiled(given)
     for name, given in second_order_cost.PRESETS.items()
     if given.model == "lm"
 }
@@ -134,16 +140,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     if jax.default_backend() == "cpu":
         sys.exit("kernels are profiled on a GPU, and jax sees none here")
     configuration.dump(config, Path(config.out))
-    jax.config.update("jax_default_matmul_precision", "highest")  # matters to float32 only
+    keep_float32(config.dtype)
     rows: list[dict[str, Any]] = []
     for cell in second_order_cost.cells(config, config.steps[0]):
         if cell.name.startswith("first_order,"):
             continue
         folder = Path(config.out) / "traces" / cell.name.replace(", ", "-").replace(" ", "_")
         rows += rows_of(cell.name, profile(cell, folder), config.shown)
-    summary = statistics.summarise(rows)
-    report.write_results(Path(config.out), rows, summary)
-    report.print_table(list(summary))
+    leave(
+        config, "Kernels of an exact meta-gradient",
+        f"One run of each on {jax.devices()[0].device_kind}, {config.dtype}.",
+        rows, statistics.summarise(rows),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

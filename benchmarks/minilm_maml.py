@@ -19,12 +19,13 @@ import jax
 import optax
 
 import jmeta
+from benchmarks.pieces import leave
 from jmeta import cost
 from jmeta.core.types import Episode, MetaGradient, PyTree
 from jmeta.methods.maml import learned_start
 from jmeta.models import bert, lora, pretrained
 from jmeta.runtime import config as configuration
-from jmeta.runtime import report, statistics
+from jmeta.runtime import statistics
 
 Method = Literal[
     "all weights", "LoRA and head", "all weights, products kept", "LoRA and head, products kept"
@@ -184,21 +185,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     configuration.dump(config, Path(config.out))
     rows = measure(config)
-    summary = statistics.summarise(rows, baseline=METHODS[0])
-    report.write_results(Path(config.out), rows, summary)
-    notes = bars(rows)
-    for note in notes:
-        print(note)
-    report.write_report(
-        Path(config.out),
-        "Exact MAML on MiniLM",
+    leave(
+        config, "Exact MAML on MiniLM",
         f"{config.steps} inner steps in mixed mode, {config.batch} x {config.tokens} tokens.",
-        config,
-        summary,
-        {},
-        notes,
-    )
-    report.print_table(list(summary))
+        rows, statistics.summarise(rows, baseline=METHODS[0]), notes=bars(rows),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
-"""A benchmark in pieces: each is measured once and kept, so that a long one can be run in parts.
+"""What benchmarks share: pieces that are measured once and kept, and what all leave behind.
 
-A piece is a list of rows in ``OUT/pieces/NAME.json``.
+A piece is a list of rows in ``OUT/pieces/NAME.json``, so that a long benchmark runs in parts.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jmeta.files import write_atomically
+from jmeta.runtime import report
+from jmeta.runtime.config import RunConfig
 
 Rows = list[dict[str, Any]]
 
@@ -36,3 +40,41 @@ def piece(out: Path, name: str, make: Callable[[], Rows], *, wanted: bool, resum
     rows = make()
     write_atomically(file, "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     return rows
+
+
+def keep_float32(dtype: str) -> None:
+    """Make products of float32 exact to it on a GPU too, where jax would round them to TF32.
+
+    Args:
+        dtype: what the benchmark computes in; others are left as they are.
+    """
+    jax.config.update("jax_default_matmul_precision", "highest" if dtype == "float32" else None)
+
+
+def leave(
+    config: RunConfig,
+    title: str,
+    said: str,
+    rows: Rows,
+    summary: Rows,
+    *,
+    notes: Sequence[str] = (),
+    pictures: Mapping[str, Any] | None = None,
+) -> None:
+    """Write results and report into the run directory; print the table and what it says.
+
+    Args:
+        config: of the benchmark.
+        title: of the report.
+        said: what was measured, in a sentence.
+        rows: everything.
+        summary: what the table shows.
+        notes: sentences, the bars among them.
+        pictures: captions and figures.
+    """
+    out = Path(config.out)
+    report.write_results(out, rows, summary)
+    report.write_report(out, title, said, config, summary, pictures or {}, list(notes))
+    report.print_table(summary)
+    for note in notes:
+        print(note)

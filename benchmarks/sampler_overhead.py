@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks.pieces import leave
 from experiments import _continual_model as model
 from experiments import _continual_training as training
 from experiments._continual_samplers import Entry
@@ -24,7 +25,7 @@ from jmeta.core.types import PyTree
 from jmeta.models import pretraining
 from jmeta.models.bert import BertConfig
 from jmeta.runtime import config as configuration
-from jmeta.runtime import report, statistics
+from jmeta.runtime import statistics
 from jmeta.tasks import objectives
 
 BAR = 0.02
@@ -139,21 +140,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = configuration.parse(PRESETS, argv, description=__doc__)
     configuration.dump(config, Path(config.out))
     rows = measure(config)
-    summary = statistics.summarise(rows)
-    report.write_results(Path(config.out), rows, summary)
     share = next(r["value"] for r in rows if r["metric"] == SHARE and r["method"] == "mometas")
-    said = (
+    held = (
         f"MOMETAS adds {100 * share:.2f} % to a window of {config.window} steps (bar "
         f"{100 * BAR:.0f} %: {'holds' if share <= BAR else 'MISSED'})"
     )
-    print(said)
-    report.write_report(
-        Path(config.out), "What a sampler of objectives costs",
+    leave(
+        config, "What a sampler of objectives costs",
         f"A window of {config.window} steps of {config.batch} x {config.positions} tokens, and "
         f"what each sampler adds; losses are measured on {config.window_rows} rows.",
-        config, summary, {}, [said],
+        rows, statistics.summarise(rows), notes=[held],
     )  # fmt: skip
-    report.print_table(summary)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import multiprocessing
 import statistics as median_of
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,13 +20,14 @@ import jax.numpy as jnp
 import optax
 
 import jmeta
+from benchmarks.pieces import keep_float32, leave
 from jmeta import cost
 from jmeta.core.steps import Remat
 from jmeta.core.types import Episode, MetaGradient, Problem, PyTree, Steps
 from jmeta.methods.maml import learned_start
 from jmeta.models import conv, losses, mlp, transformer
 from jmeta.runtime import config as configuration
-from jmeta.runtime import figures, report, statistics
+from jmeta.runtime import figures, statistics
 
 Model = Literal["mlp", "conv", "lm"]
 
@@ -45,6 +46,8 @@ class Config(configuration.RunConfig):
     """Processes that measure one after the other: where the arrays happen to lie decides 10 %."""
     cells: tuple[str, ...] = ()
     """Which rows of the table are measured; none named: all. First order is always one."""
+    compilers: int = 1
+    """Programs compiled at a time; with more than one, their compile seconds mean nothing."""
     growth: bool = True
     """Also compile mixed mode at 16 and 64 inner steps and report how its memory grows."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -232,13 +235,16 @@ def measure(config: Config, steps: int, process: int) -> list[dict[str, Any]]:
     """Compile every cell, then run them in turns."""
     # A compile time that a cache has answered is not one.
     jax.config.update("jax_enable_compilation_cache", False)
-    jax.config.update("jax_default_matmul_precision", "highest")  # matters to float32 only
+    keep_float32(config.dtype)
     every = cells(config, steps)
-    programs = {}
-    for c in every:
+
+    def compiled(c: Cell) -> cost.Program:
         program = cost.compile_estimate(c.mg, c.setting.meta, c.setting.episode)
         print(f"{c.name}: compiled in {program.compile_seconds:.0f} s", file=sys.stderr)
-        programs[c.name] = program
+        return program
+
+    with ThreadPoolExecutor(config.compilers) as pool:
+        programs = dict(zip([c.name for c in every], pool.map(compiled, every), strict=True))
     exact = dataclasses.replace(config, dtype="float32")
     first = cells(exact, steps)[0].setting
     reference = cost.exact_reference(first.problem, steps, first.meta, first.episode)
@@ -342,7 +348,6 @@ def write(config: Config, rows: list[dict[str, Any]]) -> None:
     out = Path(config.out)
     steps = max(config.steps) if config.model != "lm" else config.steps[0]
     summary = statistics.summarise(rows, baseline="first_order")
-    report.write_results(out, rows, summary)
     shown = [row for row in rows if row["steps"] == steps and row["metric"] in
              ("median seconds", "temp_bytes")]  # fmt: skip
     picture = figures.cost_figure(
@@ -352,17 +357,11 @@ def write(config: Config, rows: list[dict[str, Any]]) -> None:
         title=f"{config.model}, {steps} inner steps",
     )
     notes = bars(rows) if config.model == "lm" and not config.small else []
-    for note in notes:
-        print(note)
-    report.write_report(
-        out,
-        "What second order costs",
+    leave(
+        config, "What second order costs",
         "Every estimator on the same arrays, compiled once in each process and run in turns.",
-        config,
-        summary,
-        {"Time and memory against first order": picture},
-        notes,
-    )
+        rows, summary, notes=notes, pictures={"Time and memory against first order": picture},
+    )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -375,7 +374,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.growth and config.model == "lm":
         rows += growth(config)
     write(config, rows)
-    report.print_table([row for row in statistics.summarise(rows, baseline="first_order")])
 
 
 if __name__ == "__main__":

@@ -14,13 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks.pieces import leave
 from jmeta import cost
 from jmeta.core.tree import merge, partition
 from jmeta.core.types import Array, PyTree
 from jmeta.methods.fisher import fisher, per_example, sampled, tapped
 from jmeta.models import bert, taps
 from jmeta.runtime import config as configuration
-from jmeta.runtime import report, statistics
+from jmeta.runtime import statistics
 
 TAPS, LOOP, VMAP = "taps", "loop", "vmap"
 BARS = {"cpu": 1.3, "gpu": 3.0}
@@ -161,18 +162,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = configuration.parse(PRESETS, argv, description=__doc__)
     configuration.dump(config, Path(config.out))
     rows = measure(config)
-    summary = statistics.summarise(rows)
-    report.write_results(Path(config.out), rows, summary)
-    notes = bars(rows, jax.default_backend())
-    report.print_table(list(summary))
-    report.write_report(
-        Path(config.out), "What a Task2Vec embedding costs",
+    leave(
+        config, "What a Task2Vec embedding costs",
         f"The Fisher information of {config.examples} examples of {config.tokens} tokens, one "
         "label drawn for each, of all kernels of a network of MiniLM's shape.",
-        config, summary, {}, notes,
+        rows, statistics.summarise(rows), notes=bars(rows, jax.default_backend()),
     )  # fmt: skip
-    for note in notes:
-        print(note)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,13 @@ import jax.numpy as jnp
 import optax
 
 import jmeta
+from benchmarks.pieces import leave
 from jmeta import cost, methods, optim
 from jmeta.core.types import Episode, MetaGradient, PyTree
 from jmeta.methods.maml import learned_start
 from jmeta.models import masked_lm, teacher_lm
 from jmeta.runtime import config as configuration
-from jmeta.runtime import report, statistics
+from jmeta.runtime import statistics
 
 MLM = "MLM"
 BARS = {"soft": 7.5, "soft, auxiliary": 10.0, "input-only": 6.8}
@@ -232,20 +233,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     configuration.dump(config, Path(config.out))
     rows = measure(config)
     summary = statistics.summarise(rows, baseline=None if config.memory_only else MLM)
-    report.write_results(Path(config.out), rows, summary)
-    notes = bars(config, rows)
-    for note in notes:
-        print(note)
-    report.write_report(
-        Path(config.out),
-        "What a teacher costs",
+    leave(
+        config, "What a teacher costs",
         f"One outer step, {config.batch} x {config.tokens} tokens, vocabulary {config.vocab}.",
-        config,
-        summary,
-        {},
-        notes,
-    )
-    report.print_table(list(summary))
+        rows, summary, notes=bars(config, rows),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
