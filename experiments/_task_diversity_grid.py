@@ -27,7 +27,7 @@ NONE = "no source"
 METHODS = ("transfer", "Reptile", "MAML")
 SUBSET, INNER = 3, 3
 SOURCES = ("CoLA", "QNLI", "electronics", "emotion", "huffpost", "banking77")
-TARGET = "MR"
+TARGET = "clinc150"
 
 
 class Rates(NamedTuple):

@@ -303,6 +303,19 @@ def pre_norm(
     return _branches(config, (attention, mlp), x, layer, key)
 
 
+def feed_forward_alone(
+    config: BlockConfig, allowed: Array | None, x: Array, layer: Params, key: Key
+) -> Array:
+    """One block without attention: ``x + mlp(ln2(x))``, each position by itself."""
+    del allowed
+
+    def mlp(x: Array, layer: Params, key: Key) -> Array:
+        branch = feed_forward(config, layer["mlp"], layer_norm(x, layer["ln2"], config.eps))
+        return x + dropout(branch, config.dropout, key)
+
+    return _branches(config, (mlp,), x, layer, key)
+
+
 def post_norm(
     config: BlockConfig, allowed: Array | None, x: Array, layer: Params, key: Key
 ) -> Array:
@@ -332,7 +345,7 @@ def over_layers(
 
     Args:
         config: how the loop and its memory are arranged.
-        block: ``pre_norm`` or ``post_norm``.
+        block: ``pre_norm``, ``post_norm`` or ``feed_forward_alone``.
         allowed: what ``visible`` returned.
         x: ``[batch, time, width]``.
         stacks: blocks stacked on a leading axis, one stack after the other. Where a lower one is
@@ -383,7 +396,7 @@ def _over_stack(
 def _branches(
     config: BlockConfig, branches: Sequence[Callable], x: Array, layer: Params, key: Key
 ) -> Array:
-    keys = (None, None) if key is None else jax.random.split(key)
+    keys = [None] * len(branches) if key is None else jax.random.split(key, len(branches))
     # Each branch by itself: the temporaries of one are gone before the other's are recomputed.
     for branch, each in zip(branches, keys, strict=True):
         x = _rematerialised(branch, config)(x, layer, each)

@@ -1,4 +1,4 @@
-"""Transformer-N: a decoder whose first layer concatenates the last tokens in place of attention.
+"""NPLM, and Transformer-N: the first layer concatenates the last tokens in place of attention.
 
 The layer of the neural probabilistic language model: the last tokens and averages of those before.
 """
@@ -170,6 +170,29 @@ def init(config: TransformerConfig, context: Context, key: Array) -> Params:
     return {**params, "blocks": others, "first": made}
 
 
+def without_attention(params: Params) -> Params:
+    """NPLM from Transformer-N: no layer attends, so what the first one read is all the context.
+
+    Args:
+        params: what ``init`` returned.
+
+    Returns:
+        The same without attention and its normalisation; ``hidden`` and ``next_token_loss`` take
+        either.
+
+    Example:
+        >>> config = TransformerConfig(vocab=11, width=8, layers=2, heads=2, max_len=5)
+        >>> params = jax.jit(init, static_argnums=(0, 1))(
+        ...     config, Context(last=3, middle=16), jax.random.key(0))
+        >>> sorted(without_attention(params)["blocks"])
+        ['ln2', 'mlp']
+
+    Source: Sun and Iyyer (2021), section 2.
+    """
+    kept = {name: params["blocks"][name] for name in ("ln2", "mlp")}
+    return {**params, "blocks": kept}
+
+
 def hidden(
     config: TransformerConfig,
     context: Context,
@@ -177,12 +200,12 @@ def hidden(
     tokens: Array,
     key: Key = None,
 ) -> Array:
-    """The final hidden states of Transformer-N, normalised.
+    """The final hidden states of Transformer-N or NPLM, normalised.
 
     Args:
         config: the shape of the decoder, ``causal``.
         context: what the first layer reads.
-        params: what ``init`` returned.
+        params: what ``init`` or ``without_attention`` returned.
         tokens: ``[..., time]`` int; padding, if any, on the right.
         key: drives dropout; None is deterministic.
 
@@ -209,7 +232,7 @@ def next_token_loss(
     Args:
         config: the shape of the decoder.
         context: what the first layer reads.
-        params: what ``init`` returned.
+        params: what ``init`` or ``without_attention`` returned.
         tokens: ``[..., time]`` int.
         weights: ``[..., time]``, the weight of each token as a target, as in
             ``transformer.next_token_loss``; 0 for padding, which is on the right.
@@ -267,6 +290,7 @@ def _trunk(
     x = x + blocks.dropout(branch, config.dropout, keys[2])
     if config.layers > 1:
         above = config._replace(layers=config.layers - 1)
+        block = blocks.pre_norm if "attn" in params["blocks"] else blocks.feed_forward_alone
         allowed = blocks.visible(True, None, time)
-        x = blocks.over_layers(above, blocks.pre_norm, allowed, x, [params["blocks"]], keys[3])
+        x = blocks.over_layers(above, block, allowed, x, [params["blocks"]], keys[3])
     return blocks.layer_norm(x, params["ln_f"], config.eps).reshape(*lead, time, width)

@@ -90,6 +90,35 @@ def test_transformer_n_is_its_definition():
     assert hidden(one, CONTEXT, small, tokens).shape == (2, 9, 4)
 
 
+@pytest.mark.parametrize("loop", ["unroll", "scan"])
+def test_nplm_is_its_definition_and_sees_no_further_than_its_context(loop):
+    config = CONFIG._replace(layers=3, loop=loop)
+    params = nplm.init(config, CONTEXT, jax.random.key(0))
+    params["first"]["concat"] = drawn()
+    plain = nplm.without_attention(params)
+    tokens = jax.random.randint(jax.random.key(3), (2, 12), 0, 11)
+    run = jax.jit(lambda t: nplm.hidden(config, CONTEXT, plain, t))
+    # The first layer is Transformer-N's; above it, each position by itself.
+    first = params["first"]
+    x = params["embed"]["tokens"][tokens] + params["embed"]["positions"][None, :12]
+    normal = blocks.layer_norm(x, first["ln1"], config.eps)
+    x = x + nplm.concatenation(config, CONTEXT, first["concat"], normal)
+    for layer in (first, *(jax.tree.map(lambda l, i=i: l[i], plain["blocks"]) for i in (0, 1))):
+        normal = blocks.layer_norm(x, layer["ln2"], config.eps)
+        x = x + blocks.gelu(normal @ layer["mlp"]["up"], "tanh") @ layer["mlp"]["down"]
+    expected = blocks.layer_norm(x, params["ln_f"], config.eps)
+    np.testing.assert_allclose(run(tokens), expected, rtol=1e-10, atol=1e-10)
+    # What is older than the last tokens and the window before them changes nothing.
+    reach = CONTEXT.last + CONTEXT.window
+    changed = tokens.at[:, 0].set((tokens[:, 0] + 1) % 11)
+    before, after = run(tokens), run(changed)
+    np.testing.assert_array_equal(before[:, reach:], after[:, reach:])
+    assert np.abs(before - after)[:, :reach].max() > 1e-8
+    noisy = config._replace(dropout=0.3)
+    one, two = (nplm.hidden(noisy, CONTEXT, plain, tokens, jax.random.key(k)) for k in (0, 1))
+    assert np.abs(one - two).max() > 1e-3
+
+
 def test_gradients_are_central_differences():
     params = nplm.init(CONFIG, CONTEXT, jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(3), (2, 9), 0, 11)
