@@ -80,7 +80,8 @@ def make(config: Config) -> Made:
         def features(params: PyTree, batch: PyTree, key: Any) -> PyTree:
             given = shape._replace(attention=attention)
             states = transformer.hidden(given, params["body"], batch["x"])
-            mean = heads.mean_pool(states.astype(jnp.float32), jnp.ones(batch["x"].shape))
+            states = states.astype(params["head"].dtype)
+            mean = heads.mean_pool(states, jnp.ones(batch["x"].shape))
             return {"x": mean, "y": batch["y"]}
 
         return features

@@ -94,9 +94,9 @@ def read_trace(path: Path) -> list[Kernel]:
 
 
 KINDS = (
-    ("matmul", r"gemm|nvjet|cublas|cutlass|_dot|xmma|ampere|sm90_"),
+    ("attention", r"flash|fmha|sdpa"),
+    ("matmul", r"gemm|nvjet|cublas|cutlass|xmma"),
     ("copy", r"[Mm]em(cpy|set)|copy|transpose"),
-    ("attention", r"flash|fmha|cudnn"),
 )
 
 

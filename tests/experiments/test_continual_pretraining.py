@@ -19,18 +19,12 @@ from jmeta.runtime import report
 from jmeta.tasks import guides
 from jmeta.tasks.tokenizer import token_pieces
 
+pytestmark = pytest.mark.usefixtures("cache")
 SMOKE = experiment.PRESETS["smoke"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JMETA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
+def smoke(cache, tmp_path_factory):
     out = tmp_path_factory.mktemp("continual") / "run"
     experiment.main(["--preset", "smoke", "--out", str(out)])
     return out

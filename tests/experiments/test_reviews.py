@@ -18,6 +18,7 @@ from jmeta.models import bert, blocks, lora
 from jmeta.runtime import report
 from jmeta.testing import equations
 
+pytestmark = pytest.mark.usefixtures("cache")
 METHODS = {
     "maml", "fomaml", "reptile", "anil", "lora_maml", "transfer", "transfer, not adapted",
     "no meta-training", "linear probe, frozen features", "nearest neighbour, frozen features",
@@ -25,15 +26,8 @@ METHODS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JMETA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
+def smoke(cache, tmp_path_factory):
     out = tmp_path_factory.mktemp("reviews") / "run"
     experiment.main(["--preset", "smoke", "--out", str(out)])
     return out
