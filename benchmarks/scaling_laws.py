@@ -20,6 +20,7 @@ import optax
 import jmeta
 from benchmarks.pieces import Rows, piece
 from jmeta import cost
+from jmeta.core.steps import block_length
 from jmeta.core.types import Episode, MetaGradient, Problem
 from jmeta.methods.maml import learned_start
 from jmeta.models import transformer
@@ -124,7 +125,9 @@ def floor(method: str, metric: str, size: Size, made: Point, rate: float) -> flo
     .. math:: \text{FLOPs} = N (c T + 3) F, \qquad \text{bytes} = N (T - 1) |\theta|
 
     with ``c`` 3 for first order, 9 for second order with everything saved, 12 with each step's
-    forward and backward pass computed again. Nested loops keep about :math:`2 \sqrt T` sets.
+    forward and backward pass computed again. Nested loops of blocks of ``b`` steps keep the weights
+    at which blocks begin and those of one block, :math:`\lceil T / b \rceil + b - 2` sets, and
+    take the first ``b - 1`` steps of every block but the last once more.
 
     Args:
         method: of ``METHODS``.
@@ -136,12 +139,15 @@ def floor(method: str, metric: str, size: Size, made: Point, rate: float) -> flo
     Returns:
         The floor, or None where there is none: what first order keeps need not grow.
     """
-    work = size.tasks * (FLOOR[method] * size.steps + 3) * made.forward
+    block = block_length(size.steps)
+    blocks = math.ceil(size.steps / block)
+    again = 3 * (blocks - 1) * (block - 1) if method == "mixed_mode nested" else 0
+    work = size.tasks * (FLOOR[method] * size.steps + again + 3) * made.forward
     if metric == "flops":
         return work
     if metric == "median seconds":
         return work / rate
-    sets = {"mixed_mode": size.steps - 1, "mixed_mode nested": 2 * math.sqrt(size.steps)}
+    sets = {"mixed_mode": size.steps - 1, "mixed_mode nested": blocks + block - 2}
     kept = sets.get(method, 0) * size.tasks * made.fast_bytes
     return kept or None
 
