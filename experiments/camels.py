@@ -8,39 +8,32 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 import jmeta
 from experiments import _camels_data as reading
-from experiments._shared import (
-    Trained,
-    command_line,
-    learning_curve,
-    record,
-    train_method,
-    write_metrics,
+from experiments import _camels_report as page
+from experiments._camels_model import LEARNED, NONE, UNIFORM, first_weights, model_of, problem_at
+from experiments._camels_report import Seed
+from experiments._camels_scoring import (
+    LOSS,
+    MOVED,
+    Read,
+    alignment,
+    make_read,
+    score,
+    weights_by_kind,
 )
-from jmeta.core.types import Array, Episode, Key, MetaGradient, Problem, PyTree
-from jmeta.methods import init_weight_head, learned_start, weight_head, weight_slopes
-from jmeta.methods.token_weights import FIRST_WEIGHT, given, token_weights, uniform
+from experiments._shared import Trained, command_line, record, train_method
+from jmeta.core.types import Array, Key, MetaGradient, PyTree
+from jmeta.methods import learned_start
 from jmeta.models import transformer
 from jmeta.runtime import config as configuration
-from jmeta.runtime import distributed, figures, fit, report
-from jmeta.runtime.evaluate import adapt
-from jmeta.runtime.statistics import mean_ci, summarise
-from jmeta.tasks.bpe import SEP
-from jmeta.tasks.scores import exact_match, token_f1
-
-LEARNED, UNIFORM, NONE = "camels", "uniform", "not adapted"
-LOSS, MOVED = "loss of the answer, nats per token", "divergence elsewhere, nats per token"
-EXACT, F1 = "exact match, %", "F1, %"
-KIND = "mean weight, the document's being 1"
+from jmeta.runtime import distributed, fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,35 +114,6 @@ PRESETS = {
 }  # fmt: skip
 
 
-class Seed(NamedTuple):
-    """What one seed leaves.
-
-    Attributes:
-        seed: its number.
-        scores: ``{method: {metric: [streams]}}``.
-        rates: the rate that each method chose.
-        kinds: mean weight by kind of token, of each method with weights.
-        alignment: by kind, the mean slope of the outer loss in a token's weight, where all weigh
-            the same.
-        runs: the trainings.
-    """
-
-    seed: int
-    scores: dict[str, dict[str, list[float]]]
-    rates: dict[str, float]
-    kinds: dict[str, dict[str, float]]
-    alignment: dict[str, float]
-    runs: dict[str, Trained]
-
-
-def model_of(config: Config) -> transformer.TransformerConfig:
-    """The decoder."""
-    longest = max(config.length, config.question_length)
-    return transformer.TransformerConfig(
-        vocab=config.vocab, width=config.width, layers=config.layers, heads=4, max_len=longest
-    )
-
-
 def train_base(config: Config, data: reading.Data) -> Trained:
     """A language model of documents and of questions with their answers, the same for all seeds."""
     seed = config.first_seed
@@ -169,122 +133,6 @@ def train_base(config: Config, data: reading.Data) -> Trained:
         resume=config.resume, steps=config.base_steps, keep=1,
         checkpoint_every=max(1, config.base_steps // 4), log_every=max(1, config.base_steps // 10),
     )  # fmt: skip
-
-
-def problem_at(config: Config, base: PyTree, kind: str, rate: float | Array) -> Problem:
-    """The problem of a kind of weights, at an inner rate."""
-    model = model_of(config)
-
-    def scores(params: PyTree, batch: PyTree, key: Key) -> Array:
-        return transformer.logits(model, params, batch["tokens"])
-
-    def learned(meta: PyTree, batch: PyTree, key: Key) -> Array:
-        states = transformer.hidden(model, meta["body"], batch["tokens"])
-        return weight_head(meta["head"], states, batch["mask"])
-
-    weigh = {LEARNED: learned, UNIFORM: uniform}.get(kind, given)
-    return token_weights(scores, weigh, base, optax.sgd(rate), locality=config.locality)
-
-
-def first_weights(config: Config, base: PyTree, seed: int) -> PyTree:
-    """The model of the weights before it has learned: the base's body, and a head of zeros."""
-    key = jax.random.fold_in(jax.random.key(seed), 1)
-    return {"body": base, "head": init_weight_head(config.width, key)}
-
-
-Read = Callable[[PyTree, PyTree, Any, Episode], dict[str, Array]]
-
-
-def make_read(config: Config, kind: str) -> Read:
-    """``(meta, base, rate, episode) -> {LOSS, MOVED, "said": tokens}`` after one stream."""
-    model = model_of(config)
-
-    def answered(params: PyTree, asked: PyTree) -> Array:
-        """Greedy answers ``[stream, longest_answer]``."""
-        prompts = (asked["mask"] - asked["answers"]).sum(-1).astype(jnp.int32)
-        rows = jnp.where(asked["answers"] + (1 - asked["mask"]) > 0, 0, asked["tokens"])
-        at = jnp.arange(rows.shape[0])
-
-        def step(rows: Array, i: Array) -> tuple[Array, Array]:
-            last = prompts + i - 1
-            states = transformer.hidden(model, params, rows)[at, last]
-            said = (states @ params["embed"]["tokens"].T).argmax(-1).astype(rows.dtype)
-            return rows.at[at, last + 1].set(said, mode="drop"), said
-
-        _, said = jax.lax.scan(step, rows, jnp.arange(config.longest_answer, dtype=jnp.int32))
-        return said.T
-
-    @jax.jit
-    def read(meta: PyTree, base: PyTree, rate: Array, episode: Episode) -> dict[str, Array]:
-        problem = problem_at(config, base, kind, rate)
-        steps = 0 if kind == NONE else config.stream
-        params = adapt(problem, meta, episode.support, steps) if steps else base
-        _, aux = problem.outer_loss(params, meta, episode.query, None)
-        said = answered(params, episode.query["questions"])
-        return {LOSS: aux["answers"], MOVED: aux["divergence"], "said": said}
-
-    return read
-
-
-def score(
-    config: Config, data: reading.Data, read: Read, kind: str, meta: PyTree, base: PyTree,
-    rate: float, part: str, count: int, seed: int,
-) -> dict[str, list[float]]:  # fmt: skip
-    """Scores ``[streams]`` of a method at a rate."""
-    found: dict[str, list[float]] = {name: [] for name in (LOSS, MOVED, EXACT, F1)}
-    golds = data.parts[part].golds
-    for rows, kept in zip(*reading.streams(config, data, part, count, seed), strict=True):
-        rule = kind if kind in reading.RULES else None
-        episode = reading.episode(data, part, rows, kept, rule)
-        each = read(meta, base, jnp.float32(rate), episode)
-        found[LOSS].append(float(each[LOSS]))
-        found[MOVED].append(float(each[MOVED]))
-        answers = [decoded(data, ids) for ids in np.asarray(each["said"])]
-        for metric, measure in ((EXACT, exact_match), (F1, token_f1)):
-            best = [
-                max(measure(said, gold) for gold in golds[row])
-                for said, row in zip(answers, rows, strict=True)
-            ]
-            found[metric].append(100 * float(np.mean(best)))
-    return found
-
-
-def decoded(data: reading.Data, ids: np.ndarray) -> str:
-    """What was said before the separator."""
-    stop = np.flatnonzero(ids == SEP)
-    kept = ids[: stop[0]] if len(stop) else ids
-    return data.words.tokenizer.decode(kept.tolist(), skip_special_tokens=True).strip()
-
-
-def weights_by_kind(config: Config, data: reading.Data, learned: PyTree) -> dict[str, dict]:
-    """What tokens of each kind weigh on test documents, where a document's mean is 1."""
-    part = data.parts["test"]
-    problem = problem_at(config, {}, LEARNED, 0.0)
-    batch = reading.text(part.documents)
-    mine = np.asarray(problem.encode(learned, batch, None)["weights"])
-    found = {}
-    for name, weights in ((LEARNED, mine), *part.rules.items()):
-        real = part.kinds > 0
-        mean = np.where(real, weights, 0).sum(1, keepdims=True) / real.sum(1, keepdims=True)
-        relative = weights / np.where(mean == 0, 1, mean)
-        found[name] = {
-            label: float(relative[part.kinds == kind].mean())
-            for kind, label in reading.KINDS.items()
-        }
-    return found
-
-
-def alignment(config: Config, data: reading.Data, base: PyTree, seed: int) -> dict[str, float]:
-    """By kind of token, the mean slope of the outer loss in its weight, where learning begins."""
-    problem = problem_at(config, base, UNIFORM, config.inner_lr * FIRST_WEIGHT)
-    slopes = jax.jit(lambda episode: weight_slopes(problem, config.stream, (), episode))
-    found: dict[str, list[np.ndarray]] = {label: [] for label in reading.KINDS.values()}
-    part, count = data.parts["validation"], min(config.validation_streams, 10)
-    for rows, kept in zip(*reading.streams(config, data, "validation", count, seed), strict=True):
-        each = np.asarray(slopes(reading.episode(data, "validation", rows, kept)))[:, 0]
-        for kind, label in reading.KINDS.items():
-            found[label].append(each[part.kinds[rows] == kind])
-    return {label: float(np.concatenate(values).mean()) for label, values in found.items()}
 
 
 def run_seed(
@@ -335,47 +183,6 @@ def run_seed(
     return Seed(seed, *found, runs)
 
 
-def rows_of(config: Config, each: Seed) -> list[dict[str, Any]]:
-    """Result rows of one seed."""
-    rows: list[dict[str, Any]] = []
-
-    def add(method: str, metric: str, values: Any, **settings: Any) -> None:
-        values = np.asarray(values, float).reshape(-1)
-        row = {"method": method, "seed": each.seed, "metric": metric, "value": values.mean()}
-        if config.seeds == 1 and len(values) > 1:
-            row["values"] = values.tolist()
-        rows.append(row | settings | {"source": config.source})
-
-    for metric in (LOSS, F1, EXACT, MOVED):
-        for method, found in each.scores.items():
-            add(method, metric, found[metric])
-    for method, kinds in each.kinds.items():
-        for label, weight in kinds.items():
-            add(method, KIND, weight, tokens=label)
-    for label, slope in each.alignment.items():
-        add(UNIFORM, "slope of the outer loss in a token's weight", slope, tokens=label)
-    for method, rate in each.rates.items():
-        if method != NONE:
-            add(method, "rate at test", rate)
-    for name, run in each.runs.items():
-        add(name, "training CPU seconds", run.cpu_seconds)
-    return rows
-
-
-def verdict(summary: Sequence[dict[str, Any]]) -> str:
-    """Whether learned weights help, in a plain sentence."""
-    row = next(r for r in summary if r["method"] == LEARNED and r["metric"] == LOSS)
-    gap, half = row["paired_difference"], row["paired_ci95"]
-    word = "are not told apart from uniform ones"
-    if half is not None and abs(gap) > half:
-        word = "beat uniform ones" if gap < 0 else "are worse than uniform ones"
-    number = report.format_interval(gap, half, sign=True)
-    return (
-        f"Learned weights {word}: the loss of the answers changes by {number} nats per token, "
-        f"paired over {row['n']} {row['over']}."
-    )
-
-
 def run(config: Config) -> None:
     """Train, score, and write the run directory."""
     record(config, "seeds")  # more of them may come later
@@ -385,76 +192,8 @@ def run(config: Config) -> None:
     readers |= dict.fromkeys(reading.RULES, by_rule)
     base = train_base(config, data)
     seeds = [run_seed(config, data, readers, base.meta, seed) for seed in config.seed_list]
-    if not distributed.is_writer():
-        return
-    histories = {"base": base.history} | {
-        f"{LEARNED}, seed {each.seed}": each.runs[LEARNED].history for each in seeds
-    }
-    write_metrics(config.out, histories)
-    seeds[0].runs["base"] = base
-    rows = [row for each in seeds for row in rows_of(config, each)]
-    compared = [row for row in rows if row["metric"] in (LOSS, F1, EXACT, MOVED)]
-    rest = [row for row in rows if row["metric"] not in (LOSS, F1, EXACT, MOVED)]
-    summary = summarise(compared, baseline=UNIFORM) + summarise(rest)
-    report.write_results(config.out, rows, summary)
-    report.print_table(summary)
-    print(verdict(summary))
-    curve = {}
-    names = ["loss"]
-    for each in seeds:
-        curve[f"seed {each.seed}"] = learning_curve(each.runs[LEARNED].history, names, mean_ci)
-    made = [
-        (
-            "Loss of the answers minus that with uniform weights, with 95 % intervals; filled "
-            "where the interval excludes zero.",
-            figures.forest(config.out / "differences", compared_only(summary), LOSS),
-        ),
-        (
-            f"Validation loss of the questions while weights are learned, at rate "
-            f"{config.inner_lr}.",
-            figures.learning_curves(
-                config.out / "learning", curve, ylabel="validation loss, divergence included"
-            ),
-        ),
-    ]
-    report.write_report(
-        config.out, f"CaMeLS: which tokens to learn from, {config.source}", _INTRO, config,
-        summary, made, [verdict(summary), *_notes(config)],
-    )  # fmt: skip
-    print(f"report: {config.out / 'report.html'}")
-
-
-def compared_only(summary: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the figure of differences shows: not the reference that knows the answers."""
-    return [row for row in summary if row["metric"] == LOSS and row["method"] != reading.RULES[-1]]
-
-
-_INTRO = """A language model reads documents by gradient descent, one step on each, and is then
-asked about them without seeing them. Which tokens should the gradient listen to? CaMeLS learns a
-weight for each, by differentiating the loss of the answers through the steps.
-
-The base is a small decoder trained here on other documents and on other questions with their
-answers. All methods read the same streams of documents from the same base with SGD; only the
-weights of tokens differ, and the rate, which every method chooses for itself."""
-
-
-def _notes(config: Config) -> list[str]:
-    over = "seeds" if config.seeds > 1 else "streams of the one seed"
-    notes = [
-        f"Intervals are 95 % t-intervals over {over}. A seed learns its own weights and reads its "
-        "own streams; the base is the same for all, so that the intervals do not cover its "
-        f"training. The rate at test is chosen of {list(config.rates)} for every method on "
-        "validation documents.",
-        f"'{reading.RULES[-1]}' weighs the tokens of the answer in the document and no others. No "
-        "method can know them: it says what the best of weights could do.",
-        "Salient spans are runs of capitalised words and words that begin with a digit, found by "
-        "rule and not by an entity recogniser.",
-        "A model of this size answers few questions word for word: the loss of the answers is what "
-        "tells the methods apart, and exact match is there to keep it honest.",
-    ]
-    if config.source == "facts":
-        notes.insert(0, "The documents are made up: the numbers show how the method works.")
-    return notes
+    if distributed.is_writer():
+        page.write(config, base, seeds)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

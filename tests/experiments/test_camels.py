@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 
 from experiments import _camels_data as reading
+from experiments import _camels_model as networks
+from experiments import _camels_report as page
+from experiments import _camels_scoring as scoring
 from experiments import camels
 from jmeta.data.sources import DataUnavailable
 from jmeta.runtime.report import read_results
+from jmeta.runtime.statistics import summarise
 from jmeta.tasks.bpe import SEP
 
 CONFIG = camels.PRESETS["smoke"]
@@ -39,18 +43,18 @@ def test_a_run_leaves_everything_the_contract_names(run):
 @pytest.mark.slow
 def test_every_method_is_paired_with_uniform(run):
     results = read_results(run)
-    every = {camels.LEARNED, camels.UNIFORM, camels.NONE, *reading.RULES}
-    for metric in (camels.LOSS, camels.MOVED, camels.EXACT, camels.F1):
+    every = {networks.LEARNED, networks.UNIFORM, networks.NONE, *reading.RULES}
+    for metric in (scoring.LOSS, scoring.MOVED, scoring.EXACT, scoring.F1):
         found = {r["method"]: r for r in results["summary"] if r["metric"] == metric}
         assert set(found) == every
         by = {
             (r["method"], r["seed"]): r["value"] for r in results["rows"] if r["metric"] == metric
         }
-        for name in every - {camels.UNIFORM}:
-            gap = by[name, 0] - by[camels.UNIFORM, 0]
+        for name in every - {networks.UNIFORM}:
+            gap = by[name, 0] - by[networks.UNIFORM, 0]
             assert found[name]["paired_difference"] == pytest.approx(gap)
-    moved = {r["method"]: r["mean"] for r in results["summary"] if r["metric"] == camels.MOVED}
-    assert moved.pop(camels.NONE) == 0
+    moved = {r["method"]: r["mean"] for r in results["summary"] if r["metric"] == scoring.MOVED}
+    assert moved.pop(networks.NONE) == 0
     assert min(moved.values()) > 0
 
 
@@ -89,12 +93,12 @@ def test_streams_are_the_same_for_all_and_of_different_documents(data):
 def test_the_verdict_is_the_intervals(gap, word):
     noise = (0.01, -0.01, 0.0)
     rows = [
-        {"method": name, "seed": seed, "metric": camels.LOSS,
-         "value": 2 + better + noise[seed] * (name == camels.LEARNED)}
-        for name, better in ((camels.UNIFORM, 0.0), (camels.LEARNED, gap))
+        {"method": name, "seed": seed, "metric": scoring.LOSS,
+         "value": 2 + better + noise[seed] * (name == networks.LEARNED)}
+        for name, better in ((networks.UNIFORM, 0.0), (networks.LEARNED, gap))
         for seed in range(3)
     ]  # fmt: skip
-    assert word in camels.verdict(camels.summarise(rows, baseline=camels.UNIFORM))
+    assert word in page.verdict(summarise(rows, baseline=networks.UNIFORM))
 
 
 @pytest.mark.parametrize(
