@@ -173,6 +173,11 @@ def encode(tasks: Sequence[Task], words: Vocabulary, positions: int) -> list[Enc
     return found
 
 
+def shortened(task: Encoded, positions: int) -> Encoded:
+    """The same task, its texts cut to as many tokens."""
+    return task._replace(x={name: leaf[:, :positions] for name, leaf in task.x.items()})
+
+
 def plain_texts(tasks: Sequence[Task]) -> list[str]:
     """All texts of all tasks, without their labels."""
     return [

@@ -34,16 +34,18 @@ class Rates(NamedTuple):
     """Rates of training.
 
     Attributes:
-        transfer: AdamW's, and that of fine-tuning on the target.
+        transfer: AdamW's, on one source after the other.
+        target: AdamW's, of fine-tuning on the target.
         inner: of gradient descent inside of MAML.
         reptile: Adam's inside of Reptile.
         outer: Adam's, of MAML.
     """
 
-    transfer: float = 1e-3
+    transfer: float = 1e-4
+    target: float = 1e-3
     inner: float = 0.1
-    reptile: float = 1e-3
-    outer: float = 1e-3
+    reptile: float = 1e-4
+    outer: float = 1e-4
 
 
 class Sizes(NamedTuple):
@@ -97,7 +99,7 @@ def make_grid(probe: Probe, sizes: Sizes, rates: Rates) -> Grid:
     loss = _loss(probe)
     plain = jmeta.first_order(learned_start(loss, optax.identity()), 0)
     stage = _trainer(plain, _adamw(rates.transfer, sizes.batches // SUBSET))
-    fine_tune = _trainer(plain, _adamw(rates.transfer, sizes.target_steps))
+    fine_tune = _trainer(plain, _adamw(rates.target, sizes.target_steps))
     each = INNER + 1  # batches of a task in an outer step: MAML's last one is its query
     reptile = jmeta.methods.reptile(loss, steps=each, optimizer=optim.adam(rates.reptile))
     towards = optax.linear_schedule(1.0, 0.0, sizes.batches // (SUBSET * each))

@@ -19,7 +19,13 @@ from experiments import _qa_data, _qa_model
 from experiments import _task_diversity_grid as grid
 from experiments import _task_diversity_report as page
 from experiments._shared import command_line, record, train_method
-from experiments._task_diversity_data import Encoded, encode, plain_texts, read_tasks
+from experiments._task_diversity_data import (
+    Encoded,
+    encode,
+    plain_texts,
+    read_tasks,
+    shortened,
+)
 from experiments._task_diversity_probe import (
     Probe,
     embed_questions,
@@ -73,6 +79,8 @@ class Config(configuration.RunConfig):
     """Batches that every method of the transfer grid sees; 0: no grid."""
     grid_batch: int = 8
     """Rows of each."""
+    grid_positions: int = 32
+    """Tokens of a text there."""
     target_steps: int = 60
     """Steps of fine-tuning on the target, of twice as many rows."""
     target_train: int = 640
@@ -91,7 +99,7 @@ class Config(configuration.RunConfig):
 PRESETS = {
     "small": Config(seeds=3),
     "full": Config(seeds=5, vocab=8192, width=256, layers=4, lm_steps=10_000, positions=128,
-                   half=512, draws=8, grid_batches=960, target_steps=300),
+                   half=512, draws=8, grid_batches=960, grid_positions=128, target_steps=300),
     "smoke": Config(vocab=400, width=16, layers=1, lm_steps=3, lm_batch=2, positions=16, most=64,
                     half=12, questions=4, grid_batches=12, grid_batch=2, target_steps=2,
                     target_train=20),
@@ -160,7 +168,7 @@ def transfer(
     found: dict[str, dict[str, float]] = {}
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
-    sources, target = grid.chosen(tasks)
+    sources, target = grid.chosen([shortened(task, config.grid_positions) for task in tasks])
     wanted = [(grid.NONE, ())] + [(m, s) for s in grid.subsets(list(sources)) for m in grid.METHODS]
     for method, names in wanted:
         key = " + ".join(names)

@@ -74,7 +74,7 @@ def small():
 def test_the_grid_holds_its_budget_equal_and_learns():
     tasks = tasks_of(4, 60)
     sizes = grid.Sizes(batches=12, batch=4, target_steps=40, target_train=40, classes=3)
-    made = grid.make_grid(small(), sizes, grid.Rates(transfer=0.03))
+    made = grid.make_grid(small(), sizes, grid.Rates(transfer=0.03, target=0.03))
     assert len(grid.subsets(range(6))) == 20
     start = made.start()
     for method in grid.METHODS:
