@@ -1,0 +1,88 @@
+"""The problems of ``second_order_cost``: a decoder, a sinusoid network and a few-shot one.
+
+Random weights and data: what is measured does not depend on their values.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jmeta.core.types import Episode, Problem, PyTree, Steps
+from jmeta.methods.maml import learned_start
+from jmeta.models import conv, losses, mlp, transformer
+
+
+class Setting(NamedTuple):
+    """One model variant: the same mathematics, computed in another way."""
+
+    name: str
+    problem: Problem
+    meta: PyTree
+    episode: Episode
+
+
+def decoder(given: Any, steps: int, variant: str) -> Setting:
+    """A decoder of the config's shape; ``variant``: how layers are looped and rematerialised."""
+    loop, remat = variant.split("/")
+    config = transformer.TransformerConfig(
+        vocab=64 if given.small else given.vocab,
+        width=16 if given.small else given.width,
+        layers=2 if given.small else given.layers,
+        heads=4 if given.small else given.heads,
+        max_len=given.batch[1],
+        loop=loop,  # pyright: ignore[reportArgumentType]
+        remat=remat,  # pyright: ignore[reportArgumentType]
+        dtype=None if given.dtype == "float32" else jnp.dtype(given.dtype),
+    )
+    batch = (4, 16) if given.small else given.batch
+    keys = jax.random.split(jax.random.key(0), 3)
+
+    def loss(params: PyTree, tokens: jax.Array, key: Any):
+        return transformer.next_token_loss(config, params, tokens, key=key)
+
+    episode = Episode(
+        Steps(jax.random.randint(keys[1], (steps, *batch), 0, config.vocab)),
+        jax.random.randint(keys[2], batch, 0, config.vocab),
+    )
+    problem = learned_start(loss, optax.sgd(0.1))
+    return Setting(variant, problem, transformer.init(config, keys[0]), episode)
+
+
+def regressor(*, small: bool = False) -> Setting:
+    """The sinusoid network of the MAML paper, 1-40-40-1, ten points."""
+    del small
+    keys = jax.random.split(jax.random.key(0), 3)
+
+    def loss(params: PyTree, batch: dict[str, jax.Array], key: Any):
+        return losses.squared_error(mlp.apply(params, batch["x"]), batch["y"]), {}
+
+    def batch(key: jax.Array) -> dict[str, jax.Array]:
+        x = jax.random.uniform(key, (10, 1), minval=-5.0, maxval=5.0)
+        return {"x": x, "y": jnp.sin(x)}
+
+    episode = Episode(batch(keys[1]), batch(keys[2]))
+    problem = learned_start(loss, optax.sgd(0.01))
+    return Setting("mlp", problem, mlp.init(keys[0], (1, 40, 40, 1)), episode)
+
+
+def classifier(*, small: bool = False) -> Setting:
+    """The 4-block few-shot network with 32 filters, 5-way 1-shot, 5 queries of each class."""
+    keys = jax.random.split(jax.random.key(0), 3)
+
+    def loss(params: PyTree, batch: dict[str, jax.Array], key: Any):
+        return losses.cross_entropy(conv.apply(params, batch["x"]), batch["y"]), {}
+
+    def batch(key: jax.Array, each: int) -> dict[str, jax.Array]:
+        return {
+            "x": jax.random.uniform(key, (5 * each, 28, 28, 1)),
+            "y": jnp.tile(jnp.arange(5), each),
+        }
+
+    episode = Episode(batch(keys[1], 1), batch(keys[2], 5))
+    problem = learned_start(loss, optax.sgd(0.4))
+    params = conv.init(keys[0], 5, filters=8 if small else 32)
+    return Setting("conv", problem, params, episode)
