@@ -6,7 +6,7 @@ Every derivative of every order exists in all of them, unless a linear layer has
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -264,11 +264,8 @@ def mix(
     batch, heads, time, per_head = q.shape
     if config.attention == "fused":
         q, k, v = (jnp.transpose(each, (0, 2, 1, 3)) for each in (q, k, v))
-        # jax does not choose by itself. cuDNN's kernel reads half precision only.
-        flash = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
-        mixed = jax.nn.dot_product_attention(
-            q, k, v, mask=allowed, implementation="cudnn" if flash else "xla"
-        )
+        kernel = fused_kernel(jax.default_backend(), q, k)
+        mixed = jax.nn.dot_product_attention(q, k, v, mask=allowed, implementation=kernel)
     else:
         q = q * per_head**-0.5
         scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=accumulate(q.dtype))
@@ -277,6 +274,24 @@ def mix(
         mixed = jnp.einsum("bhqk,bhkd->bhqd", probabilities, v)
         mixed = jnp.transpose(mixed, (0, 2, 1, 3))
     return linear(mixed.reshape(batch, time, heads * per_head), weights["out"])
+
+
+def fused_kernel(backend: str, q: Array, k: Array) -> Literal["cudnn", "xla"]:
+    """What computes fused attention; jax does not choose by itself.
+
+    Args:
+        backend: of ``jax.default_backend``.
+        q: queries ``[batch, time, heads, per_head]``.
+        k: keys ``[batch, keys, heads, per_head]``.
+
+    Returns:
+        cuDNN's flash attention where it takes these arrays: half precision, at most 128 columns a
+        head in multiples of eight, even lengths; else XLA.
+    """
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    even = q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0
+    fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    return "cudnn" if backend == "gpu" and half and even and fits else "xla"
 
 
 def feed_forward(config: BlockConfig, weights: Params, x: Array) -> Array:

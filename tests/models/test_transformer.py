@@ -322,3 +322,20 @@ def test_wrong_arguments_are_refused():
         next_token_loss(CONFIG, params, tokens, jnp.ones((2, 5)))
     with pytest.raises(ValueError, match="mask has shape"):
         hidden(CONFIG, params, tokens, jnp.ones((2, 5)))
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "time", "per_head", "kernel"),
+    [
+        ("gpu", "bfloat16", 8, 64, "cudnn"),
+        ("gpu", "float16", 8, 128, "cudnn"),
+        ("cpu", "bfloat16", 8, 64, "xla"),
+        ("gpu", "float32", 8, 64, "xla"),
+        ("gpu", "bfloat16", 7, 64, "xla"),
+        ("gpu", "bfloat16", 8, 20, "xla"),
+        ("gpu", "bfloat16", 8, 256, "xla"),
+    ],
+)
+def test_flash_attention_is_asked_for_where_it_exists(backend, dtype, time, per_head, kernel):
+    q = jax.ShapeDtypeStruct((2, time, 2, per_head), dtype)
+    assert blocks.fused_kernel(backend, q, q) == kernel
