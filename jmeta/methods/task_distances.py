@@ -77,7 +77,7 @@ def entropy(a: Any, b: Any) -> float:
     from scipy.special import entr
 
     share, other = _shares(a, b, 0.0, 0.5)
-    return float(np.log(2) - np.mean(entr(share) + entr(other)))
+    return max(0.0, float(np.log(2) - np.mean(entr(share) + entr(other))))
 
 
 def symmetric_kl(a: Any, b: Any) -> float:
@@ -131,7 +131,7 @@ def jensen_shannon(a: Any, b: Any) -> float:
     """
     half = 0.5 * (np.log(_positive(b)) - np.log(_positive(a)))
     # The arithmetic over the geometric mean of two numbers is cosh of half their log ratio.
-    return float(0.5 * np.mean(np.logaddexp(half, -half) - np.log(2)))
+    return max(0.0, float(0.5 * np.mean(np.logaddexp(half, -half) - np.log(2))))
 
 
 def correlation(a: Any, b: Any) -> float:

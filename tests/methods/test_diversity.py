@@ -64,6 +64,14 @@ def test_a_distance_is_one(name, data):
         np.testing.assert_allclose(distance(7 * a, b / 3), distance(a, b), atol=1e-12)
 
 
+def test_rounding_never_makes_a_distance_negative():
+    tiny, near = np.full(4, 1e-9), np.array([1.0, 3.0, 7.0, 0.1])
+    for distance in t.DISTANCES.values():
+        assert distance(tiny, tiny) >= 0
+        for step in (1e-16, 1e-15, 1e-12, 1e-9):
+            assert distance(near, near * (1 + step)) >= 0
+
+
 def test_matrices_and_what_is_refused():
     square = t.distance_matrix([A, B, A], t.cosine)
     assert square[0, 2] == 0
