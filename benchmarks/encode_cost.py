@@ -74,7 +74,7 @@ def make(config: Config) -> Made:
         config.vocab, config.width, config.layers, config.heads, config.tokens,
         dtype=None if config.dtype == "float32" else jnp.dtype(config.dtype),
     )  # fmt: skip
-    keys = jax.random.split(jax.random.key(0), 5)
+    keys = jax.random.split(jax.random.key(0), 4)
 
     def pooled(attention: Literal["xla", "fused"]) -> Callable[..., Any]:
         def features(params: PyTree, batch: PyTree, key: Any) -> PyTree:

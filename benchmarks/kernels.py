@@ -19,28 +19,27 @@ import jax
 
 from benchmarks import second_order_cost
 from benchmarks.pieces import keep_float32, leave
+from benchmarks.second_order_problems import DecoderConfig
 from jmeta import cost
 from jmeta.runtime import config as configuration
 from jmeta.runtime import statistics
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(second_order_cost.Config):
+class Config(DecoderConfig):
     """The kernels of an exact meta-gradient; the traces stay in the run directory."""
 
+    steps: int = 8
+    """Inner steps."""
     shown: int = 10
     """How many kernels a table names."""
 
 
-def _profiled(given: second_order_cost.Config) -> Config:
-    cells: dict[str, Any] = {"cells": ("mixed_mode", "mixed_mode, block remat")}
-    return Config(**vars(given) | cells)
-
-
+_PROFILED = ("mixed_mode", "mixed_mode, block remat")
 PRESETS = {
-    name: _profiled(given)
-    for name, given in second_order_cost.PRESETS.items()
-    if given.model == "lm"
+    "lm": Config(cells=_PROFILED),
+    "gpu": Config(width=512, layers=6, heads=8, vocab=4096, batch=(8, 256), cells=_PROFILED),
+    "smoke": Config(steps=2, small=True, cells=_PROFILED),
 }
 
 
@@ -74,15 +73,15 @@ def read_trace(path: Path) -> list[Kernel]:
         for e in events
         if e.get("ph") == "M" and e["name"] in ("process_name", "thread_name")
     }
+    devices = {
+        pid
+        for (what, pid, _), name in named.items()
+        if what == "process_name" and "/device:GPU" in name
+    }
     streams = {
         (pid, tid)
         for (what, pid, tid), name in named.items()
-        if what == "thread_name"
-        and name.startswith("Stream")
-        and any(
-            kind == "process_name" and of == pid and "/device:GPU" in device
-            for (kind, of, _), device in named.items()
-        )
+        if what == "thread_name" and name.startswith("Stream") and pid in devices
     }
     spent: collections.Counter[str] = collections.Counter()
     launched: collections.Counter[str] = collections.Counter()
@@ -113,8 +112,8 @@ def profile(cell: second_order_cost.Cell, folder: Path) -> list[Kernel]:
         jax.block_until_ready(program.run(*given))
     with jax.profiler.trace(str(folder)):
         jax.block_until_ready(program.run(*given))
-    (trace,) = folder.glob("plugins/profile/*/*.trace.json.gz")
-    return read_trace(trace)
+    # Folders are named by the second: of several runs, the last.
+    return read_trace(max(folder.glob("plugins/profile/*/*.trace.json.gz")))
 
 
 def rows_of(name: str, found: Sequence[Kernel], shown: int) -> list[dict[str, Any]]:
@@ -142,7 +141,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     configuration.dump(config, Path(config.out))
     keep_float32(config.dtype)
     rows: list[dict[str, Any]] = []
-    for cell in second_order_cost.cells(config, config.steps[0]):
+    every = second_order_cost.decoder_cells(config, config.steps)
+    for cell in second_order_cost.wanted(every, config.cells):
         if cell.name.startswith("first_order,"):
             continue
         folder = Path(config.out) / "traces" / cell.name.replace(", ", "-").replace(" ", "_")

@@ -19,7 +19,13 @@ import jax
 
 import jmeta
 from benchmarks.pieces import keep_float32, leave
-from benchmarks.second_order_problems import Setting, classifier, decoder, regressor
+from benchmarks.second_order_problems import (
+    DecoderConfig,
+    Setting,
+    classifier,
+    decoder,
+    regressor,
+)
 from jmeta import cost
 from jmeta.core.steps import Remat
 from jmeta.core.types import MetaGradient
@@ -30,7 +36,7 @@ Model = Literal["mlp", "conv", "lm"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(configuration.RunConfig):
+class Config(DecoderConfig):
     """What second order costs against first order."""
 
     model: Model = "lm"
@@ -41,26 +47,10 @@ class Config(configuration.RunConfig):
     """Timed runs of each cell, interleaved."""
     processes: int = 3
     """Processes that measure one after the other: where the arrays happen to lie decides 10 %."""
-    cells: tuple[str, ...] = ()
-    """Which rows of the table are measured; none named: all. First order is always one."""
     compilers: int = 1
     """Programs compiled at a time; with more than one, their compile seconds mean nothing."""
     growth: bool = True
     """Also compile mixed mode at 16 and 64 inner steps and report how its memory grows."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the decoder is computed in. float32 is float32 on a GPU too, and not TF32."""
-    width: int = 256
-    """Width of the decoder."""
-    layers: int = 4
-    """Its blocks."""
-    heads: int = 4
-    """Its attention heads."""
-    vocab: int = 1024
-    """Its vocabulary."""
-    batch: tuple[int, int] = (4, 128)
-    """Sequences of an inner step, and tokens of a sequence."""
-    small: bool = False
-    """Shrink the models, to see that everything runs."""
 
 
 PRESETS = {
@@ -74,6 +64,7 @@ PRESETS = {
         batch=(8, 256),
         processes=1,
         repeats=10,
+        compilers=8,
         growth=False,
         cells=(
             "mixed_mode",
@@ -99,21 +90,24 @@ class Cell(NamedTuple):
 
 def cells(config: Config, steps: int) -> list[Cell]:
     """The cells of one table, those of them that are wanted."""
-    every = all_cells(config, steps)
+    if config.model == "lm":
+        return wanted(decoder_cells(config, steps), config.cells)
+    build = {"mlp": regressor, "conv": classifier}[config.model]
+    setting = build(small=config.small)
+    made = cost.estimators(setting.problem, steps)
+    return wanted([Cell(name, mg, setting) for name, mg in made.items()], config.cells)
+
+
+def wanted(every: list[Cell], chosen: Sequence[str]) -> list[Cell]:
+    """The cells of these names and first order; all where none is named."""
     names = [cell.name for cell in every]
-    if unknown := [name for name in config.cells if name not in names]:
+    if unknown := [name for name in chosen if name not in names]:
         raise ValueError(f"no rows named {', '.join(unknown)}: there are {'; '.join(names)}")
-    wanted = config.cells or names
-    return [c for c in every if c.name in wanted or c.name.startswith("first_order")]
+    return [c for c in every if c.name in (chosen or names) or c.name.startswith("first_order")]
 
 
-def all_cells(config: Config, steps: int) -> list[Cell]:
-    """The cells of one table."""
-    if config.model != "lm":
-        build = {"mlp": regressor, "conv": classifier}[config.model]
-        setting = build(small=config.small)
-        made = cost.estimators(setting.problem, steps)
-        return [Cell(name, mg, setting) for name, mg in made.items()]
+def decoder_cells(config: DecoderConfig, steps: int) -> list[Cell]:
+    """All rows of the decoder's table."""
 
     def lm(variant: str) -> Setting:
         return decoder(config, steps, variant)

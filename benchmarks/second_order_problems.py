@@ -5,7 +5,8 @@ Random weights and data: what is measured does not depend on their values.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,29 @@ import optax
 from jmeta.core.types import Episode, Problem, PyTree, Steps
 from jmeta.methods.maml import learned_start
 from jmeta.models import conv, losses, mlp, transformer
+from jmeta.runtime import config as configuration
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig(configuration.RunConfig):
+    """The decoder that is measured, and which rows of its table are."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the decoder is computed in. float32 is float32 on a GPU too, and not TF32."""
+    width: int = 256
+    """Width of the decoder."""
+    layers: int = 4
+    """Its blocks."""
+    heads: int = 4
+    """Its attention heads."""
+    vocab: int = 1024
+    """Its vocabulary."""
+    batch: tuple[int, int] = (4, 128)
+    """Sequences of an inner step, and tokens of a sequence."""
+    small: bool = False
+    """Shrink the models, to see that everything runs."""
+    cells: tuple[str, ...] = ()
+    """Which rows of the table are measured; none named: all. First order is always one."""
 
 
 class Setting(NamedTuple):
@@ -25,7 +49,7 @@ class Setting(NamedTuple):
     episode: Episode
 
 
-def decoder(given: Any, steps: int, variant: str) -> Setting:
+def decoder(given: DecoderConfig, steps: int, variant: str) -> Setting:
     """A decoder of the config's shape; ``variant``: how layers are looped and rematerialised."""
     loop, remat = variant.split("/")
     config = transformer.TransformerConfig(

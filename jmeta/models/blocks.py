@@ -264,7 +264,8 @@ def mix(
     batch, heads, time, per_head = q.shape
     if config.attention == "fused":
         q, k, v = (jnp.transpose(each, (0, 2, 1, 3)) for each in (q, k, v))
-        kernel = fused_kernel(jax.default_backend(), q, k)
+        capability = getattr(jax.devices()[0], "compute_capability", "")
+        kernel = fused_kernel(capability, q, k)
         mixed = jax.nn.dot_product_attention(q, k, v, mask=allowed, implementation=kernel)
     else:
         q = q * per_head**-0.5
@@ -276,22 +277,25 @@ def mix(
     return linear(mixed.reshape(batch, time, heads * per_head), weights["out"])
 
 
-def fused_kernel(backend: str, q: Array, k: Array) -> Literal["cudnn", "xla"]:
+def fused_kernel(capability: str, q: Array, k: Array) -> Literal["cudnn", "xla"]:
     """What computes fused attention; jax does not choose by itself.
 
     Args:
-        backend: of ``jax.default_backend``.
+        capability: of the device, such as ``"9.0"``; empty where it is no GPU, and a name where it
+            is not NVIDIA's.
         q: queries ``[batch, time, heads, per_head]``.
         k: keys ``[batch, keys, heads, per_head]``.
 
     Returns:
-        cuDNN's flash attention where it takes these arrays: half precision, at most 128 columns a
-        head in multiples of eight, even lengths; else XLA.
+        cuDNN's flash attention where it exists (8.0 and later) and takes these arrays: half
+        precision, at most 128 columns a head in multiples of eight, even lengths; else XLA.
     """
+    major = capability.partition(".")[0]
+    exists = major.isdecimal() and int(major) >= 8
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     even = q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0
     fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-    return "cudnn" if backend == "gpu" and half and even and fits else "xla"
+    return "cudnn" if exists and half and even and fits else "xla"
 
 
 def feed_forward(config: BlockConfig, weights: Params, x: Array) -> Array:
@@ -311,11 +315,15 @@ def pre_norm(
         branch = attend(config, layer["attn"], normal, allowed, inner)
         return x + dropout(branch, config.dropout, outer)
 
+    return _branches(config, (attention, _pre_norm_mlp(config)), x, layer, key)
+
+
+def _pre_norm_mlp(config: BlockConfig) -> Callable[[Array, Params, Key], Array]:
     def mlp(x: Array, layer: Params, key: Key) -> Array:
         branch = feed_forward(config, layer["mlp"], layer_norm(x, layer["ln2"], config.eps))
         return x + dropout(branch, config.dropout, key)
 
-    return _branches(config, (attention, mlp), x, layer, key)
+    return mlp
 
 
 def feed_forward_alone(
@@ -323,12 +331,7 @@ def feed_forward_alone(
 ) -> Array:
     """One block without attention: ``x + mlp(ln2(x))``, each position by itself."""
     del allowed
-
-    def mlp(x: Array, layer: Params, key: Key) -> Array:
-        branch = feed_forward(config, layer["mlp"], layer_norm(x, layer["ln2"], config.eps))
-        return x + dropout(branch, config.dropout, key)
-
-    return _branches(config, (mlp,), x, layer, key)
+    return _branches(config, (_pre_norm_mlp(config),), x, layer, key)
 
 
 def post_norm(

@@ -325,17 +325,20 @@ def test_wrong_arguments_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("backend", "dtype", "time", "per_head", "kernel"),
+    ("capability", "dtype", "time", "per_head", "kernel"),
     [
-        ("gpu", "bfloat16", 8, 64, "cudnn"),
-        ("gpu", "float16", 8, 128, "cudnn"),
-        ("cpu", "bfloat16", 8, 64, "xla"),
-        ("gpu", "float32", 8, 64, "xla"),
-        ("gpu", "bfloat16", 7, 64, "xla"),
-        ("gpu", "bfloat16", 8, 20, "xla"),
-        ("gpu", "bfloat16", 8, 256, "xla"),
+        ("9.0", "bfloat16", 8, 64, "cudnn"),
+        ("8.0", "float16", 8, 128, "cudnn"),
+        ("10.0", "bfloat16", 8, 64, "cudnn"),
+        ("7.5", "float16", 8, 64, "xla"),  # before flash attention
+        ("gfx942", "bfloat16", 8, 64, "xla"),  # not NVIDIA's
+        ("", "bfloat16", 8, 64, "xla"),  # no GPU
+        ("9.0", "float32", 8, 64, "xla"),
+        ("9.0", "bfloat16", 7, 64, "xla"),
+        ("9.0", "bfloat16", 8, 20, "xla"),
+        ("9.0", "bfloat16", 8, 256, "xla"),
     ],
 )
-def test_flash_attention_is_asked_for_where_it_exists(backend, dtype, time, per_head, kernel):
+def test_flash_attention_is_asked_for_where_it_exists(capability, dtype, time, per_head, kernel):
     q = jax.ShapeDtypeStruct((2, time, 2, per_head), dtype)
-    assert blocks.fused_kernel(backend, q, q) == kernel
+    assert blocks.fused_kernel(capability, q, q) == kernel
