@@ -93,7 +93,7 @@ def pretrain(config: Any, data: Data, name: str, method: Method, folder: Path) -
     samples = config.chunk * config.micro_batches * config.batch * config.inner_steps
     print(f"{name}: {config.outer_steps} outer steps", file=sys.stderr, flush=True)
 
-    parts = _apart(kept.states)
+    parts = _apart(kept.states, config.devices)
     for at in range(done, chunks):
         each = [method.chunk(seed, at) for seed in seeds]
         episodes = jax.tree.map(lambda *leaves: np.stack(leaves, 1), *each)
@@ -140,12 +140,15 @@ class _Part(NamedTuple):
     info: Any = None
 
 
-def _apart(states: TrainState) -> list[_Part]:
-    """The seeds over this process's devices; several processes have them as one part each."""
+def _apart(states: TrainState, most: int) -> list[_Part]:
+    """The seeds over this process's devices, at most so many if not 0.
+
+    Several processes have them as one part each.
+    """
     count = jax.tree.leaves(states)[0].shape[0]
     if jax.process_count() > 1:
         return [_Part(slice(0, count), None, states)]
-    devices = jax.local_devices()[:count]
+    devices = jax.local_devices()[: min(count, most or count)]
     ends = [count * i // len(devices) for i in range(len(devices) + 1)]
     return [
         _Part(

@@ -54,6 +54,8 @@ class Config(configuration.RunConfig):
     """Micro-batches of an outer step, which unroll from the same student."""
     chunk: int = 50
     """Outer steps of one dispatch."""
+    devices: int = 0
+    """Devices that the seeds are spread over, each with a program of its own to compile; 0: all."""
     evaluations: int = 40
     """How often students and teachers are looked at, and saved, while they train."""
     width: int = 8
@@ -151,8 +153,10 @@ class Config(configuration.RunConfig):
             raise ValueError("validation_sequences above 50 are a multiple of 50")
         if min(self.finetune_steps, self.finetune_batch, self.population) < 1:
             raise ValueError("finetune_steps, finetune_batch and population are at least 1")
-        if self.restart_every < 0 or not self.finetune_rates:
-            raise ValueError("restart_every is 0 or more, and finetune_rates are at least one")
+        if min(self.restart_every, self.devices) < 0 or not self.finetune_rates:
+            raise ValueError(
+                "restart_every and devices are 0 or more, and finetune_rates are at least one"
+            )
 
     @property
     def outer_steps(self) -> int:
@@ -164,7 +168,7 @@ PRESETS = {
     "quick": Config(
         seeds=2, samples=6400, evaluations=4, warmup=100, label_counts=(10, 160),
         methods=(MLM, "input-only soft"), finetune_steps=300, finetune_rates=(0.01, 0.04),
-        validation_sequences=200,
+        validation_sequences=200, devices=1,
     ),
     "paper": Config(),
     "smoke": Config(

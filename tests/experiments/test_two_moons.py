@@ -51,6 +51,7 @@ def run(tmp_path_factory):
         ({"mask_bug": True, "methods": ("mlm", "hard")}, "none of these methods has"),
         ({"micro_batches": 1, "batch": 16}, "leave_one_out compares micro-batches"),
         ({"validation_sequences": 120}, "multiple of 50"),
+        ({"devices": -1}, "devices are 0 or more"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(fields, said):
@@ -75,6 +76,19 @@ def test_a_session_that_uses_jax_already_keeps_its_devices(monkeypatch, capsys):
     assert ended.value.code == 0
     assert "--soft-weight" in capsys.readouterr().out
     assert jax.devices() == devices
+
+
+@pytest.mark.parametrize(
+    ("most", "slices"), [(0, [(0, 1), (1, 2), (2, 3)]), (2, [(0, 1), (1, 3)]), (1, [(0, 3)])]
+)
+def test_seeds_are_spread_over_as_many_devices_as_are_asked_for(most, slices):
+    states = {"x": jnp.arange(6.0).reshape(3, 2)}
+    parts = training._apart(states, most)
+    assert [(part.seeds.start, part.seeds.stop) for part in parts] == slices
+    assert [part.device for part in parts] == jax.local_devices()[: len(slices)]
+    for part in parts:
+        assert part.states["x"].tolist() == states["x"][part.seeds].tolist()
+        assert part.states["x"].devices() == {part.device}
 
 
 def test_of_several_processes_each_trains_on_one_device():
