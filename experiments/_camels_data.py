@@ -127,11 +127,11 @@ def _encode(config: Any, words: Vocabulary, fitted: Any, asked: Sequence[Questio
     answers, prompts = np.zeros(rows.shape, np.float32), np.zeros(len(asked), np.int32)
     prompt_ids = token_ids(words.tokenizer, [f"Q: {q.question} A:" for q in asked])
     answer_ids = token_ids(words.tokenizer, [f" {q.answers[0]}" for q in asked])
+    rng = np.random.default_rng(0)
     for i, (question, piece) in enumerate(zip(asked, pieces, strict=True)):
         span = (question.starts[0], question.starts[0] + len(question.answers[0]))
         held = word_weights.over_tokens([span], [1.0], piece)
-        # A window that holds the answer, with as much before it as after.
-        first = max(0, min(int(held.argmax()) - config.length // 2, len(held) - config.length))
+        first = window(held > 0, config.length, rng)
         cut = slice(first, first + config.length)
         count = len(piece.ids[cut])
         documents[i, :count] = piece.ids[cut]
@@ -148,6 +148,26 @@ def _encode(config: Any, words: Vocabulary, fitted: Any, asked: Sequence[Questio
         answers[i, len(prompt) : last] = 1
     golds = tuple(q.answers for q in asked)
     return Part(documents, rows, answers, prompts, rules, kinds, golds)
+
+
+def window(answer: np.ndarray, length: int, rng: np.random.Generator) -> int:
+    """Where a window that holds the answer begins, each such place as likely as the others.
+
+    The answer in the middle of every window would be found without reading it.
+
+    Args:
+        answer: which tokens of a document are the answer's, bool ``[tokens]``, at least one.
+        length: tokens of the window.
+        rng: the generator.
+
+    Returns:
+        The window's first token; of a document that is no longer than a window, 0.
+    """
+    places = np.flatnonzero(answer)
+    latest = min(int(places[0]), len(answer) - length)
+    # Of an answer that is longer than a window, its beginning.
+    earliest = min(max(0, int(places[-1]) + 1 - length), latest)
+    return max(0, int(rng.integers(earliest, latest + 1)))
 
 
 def text(tokens: np.ndarray) -> dict[str, np.ndarray]:

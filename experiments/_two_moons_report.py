@@ -213,20 +213,28 @@ def _notes(config: Any, found: Found) -> list[str]:
         "The published numbers are of one seed, in per cent, and of unequal fine-tuning budgets.",
         f"Wall-clock seconds of pre-training and fine-tuning, all seeds together: {seconds}.",
     ]
-    for name, each in found.items():
-        if not each["history"]:
-            continue
-        last = each["history"][-1]
-        for seed in config.seed_list:
-            end = f"_seed{seed}"
-            numbers = {k.removesuffix(end): v for k, v in last.items() if k.endswith(end)}
-            if said := has_collapsed(numbers):
-                notes.append(f"The teacher of {name}, seed {seed}, has collapsed: {said}.")
-        if each["panels"]:
-            notes.append(f"What the first teacher of {name} read and wrote: {each['panels']}")
+    notes += collapses(found, config.seed_list)
+    notes += [
+        f"What the first teacher of {name} read and wrote: {each['panels']}"
+        for name, each in found.items()
+        if each["panels"]
+    ]
     missing = [name for name in METHODS if name not in found]
     if missing:
         notes.append(f"Not yet in this run: {', '.join(missing)}.")
+    return notes
+
+
+def collapses(found: Found, seeds: Sequence[int]) -> list[str]:
+    """Which teachers have collapsed, by their last evaluation, a sentence for each."""
+    notes = []
+    for name, each in found.items():
+        for seed in seeds if each["history"] else ():
+            end = f"_seed{seed}"
+            last = each["history"][-1].items()
+            numbers = {k.removesuffix(end): v for k, v in last if k.endswith(end)}
+            if said := has_collapsed(numbers):
+                notes.append(f"The teacher of {name}, seed {seed}, has collapsed: {said}.")
     return notes
 
 

@@ -12,9 +12,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import jax
 
@@ -32,6 +32,8 @@ from jmeta.runtime import config as configuration
 from jmeta.runtime import distributed
 
 _DEVICES = "xla_force_host_platform_device_count"
+
+Tuner: TypeAlias = Callable[[Sequence[Any]], tuple[dict[int, Tuned], float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,10 +251,12 @@ def panels_of(
     return methods.panels(read, pseudo, decode)
 
 
-def run(config: Config) -> None:
-    """Pre-train, fine-tune, test, and write the run directory."""
-    record(config, "methods")
-    data = data_of.load(config.validation_sequences, config.test_points)
+def train(config: Config, data: data_of.Data) -> Tuner:
+    """Pre-train and fine-tune every method that is asked for and not kept yet.
+
+    Returns:
+        What fine-tunes students at every number of labels, compiled when first used.
+    """
     wanted = [name for name in config.methods if not file_of(config, name).exists()]
     built = {name: methods_of.build(config, data, name) for name in wanted}
     for name, method in built.items():
@@ -271,6 +275,14 @@ def run(config: Config) -> None:
         trained = pretrain(config, data, name, method, file_of(config, name).with_suffix(""))
         tuned, seconds = tune([trained.latest, trained.best])
         keep(config, name, tuned, trained, seconds, panels_of(config, data, method, trained))
+    return tune
+
+
+def run(config: Config) -> None:
+    """Pre-train, fine-tune, test, and write the run directory."""
+    record(config, "methods", "devices")
+    data = data_of.load(config.validation_sequences, config.test_points)
+    tune = train(config, data)
     if not file_of(config, NONE).exists():
         students = fresh_students(config, data)
         tuned, seconds = tune([students, students])
@@ -279,14 +291,20 @@ def run(config: Config) -> None:
         page.write(config, data, [file_of(config, name) for name in (*METHODS, NONE)])
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+def a_device_for_each_core() -> None:
+    """Networks this small leave a core idle: each core is a device, with seeds of its own.
+
+    Where JAX is in use already, or somebody has said how many, its devices are as they are.
+    """
     asked = getattr(jax.config, "jax_num_cpu_devices", -1) > 0
     if not asked and _DEVICES not in os.environ.get("XLA_FLAGS", ""):
-        # Networks this small leave a core idle: each core is a device, with seeds of its own.
-        # Where JAX is in use already, its devices are as they are.
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", os.cpu_count())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    a_device_for_each_core()
     command_line(PRESETS, run, argv)
 
 

@@ -77,6 +77,25 @@ def test_documents_hold_the_answers_and_parts_share_none(data):
     assert sum(map(len, texts)) == len(set.union(*texts))
 
 
+def test_an_answer_is_anywhere_in_its_window():
+    rng = np.random.default_rng(0)
+    answer = np.zeros(50, bool)
+    answer[20:23] = True
+    found = {reading.window(answer, 10, rng) for _ in range(500)}
+    assert found == set(range(13, 21))  # from the answer at its end to the answer at its beginning
+    for at, first in ((slice(0, 2), 0), (slice(48, 50), 40)):  # at the ends of a document
+        edge = np.zeros(50, bool)
+        edge[at] = True
+        starts = {reading.window(edge, 10, rng) for _ in range(300)}
+        assert first in starts
+        assert min(starts) >= 0
+        assert max(starts) <= 40
+    assert reading.window(answer[18:26], 10, rng) == 0  # the whole document
+    long = np.zeros(50, bool)
+    long[5:35] = True
+    assert reading.window(long, 10, rng) == 5  # what fits of an answer is its beginning
+
+
 def test_streams_are_the_same_for_all_and_of_different_documents(data):
     rows, kept = reading.streams(CONFIG, data, "test", 4, 0)
     again, _ = reading.streams(CONFIG, data, "test", 4, 0)
