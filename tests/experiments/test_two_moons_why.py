@@ -1,0 +1,94 @@
+"""Why a teacher loses on Two Moons: what each variant changes, and the table of what they left."""
+
+import dataclasses
+import json
+
+import pytest
+
+from experiments import two_moons, two_moons_why
+from jmeta.runtime.report import read_results
+
+SMOKE = ["--preset", "smoke"]
+
+
+def test_a_variant_differs_from_the_published_setting_in_what_it_says_alone(tmp_path):
+    config = two_moons_why.Config(out=tmp_path, seeds=3)
+    free = {"out", "seeds", "samples", "evaluations", "label_counts", "methods"}
+    paper = two_moons.PRESETS["paper"]
+    changed = {}
+    for name in two_moons_why.VARIANTS:
+        given = two_moons_why.setting(config, name)
+        assert (given.seeds, given.samples, given.label_counts) == (3, 64_000, (10,))
+        fields = [f.name for f in dataclasses.fields(given) if f.name not in free]
+        changed[name] = (
+            given.methods,
+            {k: getattr(given, k) for k in fields if getattr(given, k) != getattr(paper, k)},
+        )
+    assert changed["soft"] == (("soft",), {})
+    assert changed["mask bug"] == (("soft",), {"mask_bug": True})
+    assert changed["MLM no task"] == (("soft",), {"mlm_task": ()})
+    assert changed["hard as published"] == (
+        ("hard",),
+        {"coefficient": "cosine", "baseline": "none", "weighting": "mean", "hard_weight": 1.0},
+    )
+    folders = {two_moons_why.setting(config, name).out for name in two_moons_why.VARIANTS}
+    assert len(folders) == len(changed) == len({str(each) for each in changed.values()})
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"variants": ("soap",)}, "variants soap: choose of mlm, soft, mask bug"),
+        ({"samples": 1000}, "samples=1000 is no multiple"),
+        ({"label_counts": (1,)}, "cannot hold one of each moon"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(fields, said):
+    with pytest.raises(ValueError, match=said):
+        two_moons_why.Config(**fields)
+
+
+def test_what_variants_left_becomes_one_table_against_the_soft_teacher(tmp_path, capsys):
+    config = dataclasses.replace(two_moons_why.PRESETS["smoke"], out=tmp_path)
+    values = {"soft": (0.5, 0.7), "mask bug": (0.4, 0.65)}
+    for name, accuracies in values.items():
+        method, _ = two_moons_why.VARIANTS[name]
+        given = two_moons_why.setting(config, name)
+        two_moons.file_of(given, method).parent.mkdir(parents=True)
+        row = {"step": 4, "samples": 64, "seconds": 1.0}
+        for seed in (0, 1):
+            row |= {f"mlm_accuracy_seed{seed}": 0.1, f"labels_entropy_seed{seed}": 2.0 - seed}
+        rows = [
+            {"method": method, "seed": seed, "metric": "accuracy", "value": value, "labels": 2}
+            for seed, value in enumerate(accuracies)
+        ]
+        rows.append({"method": method, "seed": 0, "metric": "MLM accuracy", "value": 0.1})
+        kept = {"method": method, "rows": rows, "history": [row]}
+        two_moons.file_of(given, method).write_text(json.dumps(kept))
+    two_moons_why.write(config)
+    results = read_results(tmp_path)
+    by = {(row["method"], row["metric"]): row for row in results["summary"]}
+    assert by["soft", "accuracy"]["mean"] == pytest.approx(0.6)
+    assert by["mask bug", "accuracy"]["baseline"] == "soft"
+    assert by["mask bug", "accuracy"]["paired_difference"] == pytest.approx(-0.075)
+    assert by["mask bug", "labels entropy"]["mean"] == 1.5
+    assert ("soft", "MLM accuracy") not in by  # which the monitors have for every variant
+    assert by["soft", "mlm accuracy"]["mean"] == pytest.approx(0.1)
+    for name in ("differences.png", "report.html", "metrics.jsonl"):
+        assert (tmp_path / name).stat().st_size > 0
+    page = (tmp_path / "report.html").read_text()
+    assert "Not yet in this run: mlm, MLM no task, first order" in page
+
+
+@pytest.mark.slow
+def test_variants_join_and_what_is_there_is_only_read(tmp_path):
+    out = tmp_path / "why"
+    two_moons_why.main([*SMOKE, "--variants", "mlm", "--out", str(out)])
+    kept = out / "variants" / "mlm" / "methods" / "mlm.json"
+    before = kept.read_bytes()
+    two_moons_why.main([*SMOKE, "--out", str(out)])
+    assert kept.read_bytes() == before
+    found = {row["method"] for row in read_results(out)["rows"] if row["metric"] == "accuracy"}
+    assert found == {"mlm", "mask-only"}
+    with pytest.raises(SystemExit, match="made with other settings"):
+        two_moons_why.main([*SMOKE, "--samples", "128", "--out", str(out)])
