@@ -1,7 +1,7 @@
-"""What second order buys: exact MAML against first order on sinusoids, at equal wall-clock.
+"""What second order buys: exact against first order at equal wall-clock.
 
-Both are trained for as long as it takes; the time of one outer step is measured apart, in turns on
-a quiet machine, and turns steps into seconds.
+Sinusoids are trained here: the time of one outer step, measured apart on a quiet machine, turns
+steps into seconds. Few-shot text and fast weights are read off their committed runs.
 """
 
 from __future__ import annotations
@@ -29,6 +29,11 @@ from jmeta.runtime import figures, report, statistics
 EXACT, FIRST = "exact", "first order"
 SHOTS = 10
 TEXT = ("fewshot_text-demo", "fewshot_text-clinc150")
+FWL, FWL_FIRST = "FWL exact", "FWL first order"
+FWL_RUNS = {
+    "as many steps": "adaptive_lm-wikitext2-512",
+    "as much time, 1.25 x the steps": "adaptive_lm-wikitext2-512-time",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,8 +185,40 @@ def text_rows(folder: Path = RESULTS) -> list[str]:
     return lines
 
 
+def fwl_rows(folder: Path = RESULTS) -> list[str]:
+    """Fast weights, from their committed runs: exact against first order that trained as long.
+
+    Returns:
+        Lines of a Markdown table.
+    """
+    kept: dict[str, dict[str, np.ndarray]] = {}
+    for name, run in FWL_RUNS.items():
+        file = folder / f"{run}.json"
+        if not file.exists():
+            return []
+        rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+        found = sorted(
+            (r["method"], r["seed"], r["value"]) for r in rows if r["metric"] == "perplexity"
+        )
+        kept[name] = {
+            method: np.asarray([value for its, _, value in found if its == method])
+            for method in (FWL, FWL_FIRST)
+        }
+    exact = kept["as many steps"][FWL]
+    lines = []
+    for name, methods in kept.items():
+        first = methods[FWL_FIRST]
+        mine, other, gap = (statistics.mean_ci(v) for v in (exact, first, exact - first))
+        lines.append(
+            f"| first order: {name} | {report.format_interval(mine.mean, mine.half_width)} "
+            f"| {report.format_interval(other.mean, other.half_width)} "
+            f"| {report.format_interval(gap.mean, gap.half_width, sign=True)} |"
+        )
+    return lines
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Errors at equal time on sinusoids, and few-shot text at equal steps."""
+    """Errors at equal time on sinusoids and of fast weights, few-shot text at equal steps."""
     summary = statistics.summarise(at_equal_time(rows), baseline=FIRST)
     lines = [
         "| seconds of training | exact | first order | exact - first order, paired |",
@@ -196,6 +233,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         lines.append(f"| {seconds:g} | {means[0]} | {means[1]} | {gap} |")
     lines += ["", "| few-shot text, equal steps | exact | first order | paired difference "
               "| CPU time x |", "| --- | --: | --: | --: | --: |", *text_rows()]  # fmt: skip
+    lines += ["", "| fast weights, perplexity | exact | first order | paired difference |",
+              "| --- | --: | --: | --: |", *fwl_rows()]  # fmt: skip
     return "\n".join(lines)
 
 

@@ -129,6 +129,24 @@ def test_equal_time_is_by_the_seconds_of_a_step():
     assert lines[2].startswith("| 2 | ")
 
 
+def test_fast_weights_are_compared_with_first_order_that_trained_as_long(tmp_path):
+    assert what_it_buys.fwl_rows(tmp_path) == []
+    runs = {"adaptive_lm-wikitext2-512": {what_it_buys.FWL: (40.0, 43.0, 41.0),
+                                          what_it_buys.FWL_FIRST: (45.0, 47.0, 47.0)},
+            "adaptive_lm-wikitext2-512-time": {what_it_buys.FWL_FIRST: (44.0, 46.0, 44.0)}}  # fmt: skip
+    for name, methods in runs.items():
+        rows = [
+            {"method": method, "seed": seed, "metric": "perplexity", "value": value}
+            for method, values in methods.items()
+            for seed, value in reversed(list(enumerate(values)))  # in whatever order they stand
+        ]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"rows": rows}))
+    equal_steps, equal_time = what_it_buys.fwl_rows(tmp_path)
+    assert equal_steps.endswith("| -5.0 ± 2.5 |")
+    assert equal_time.endswith("| -3.3 ± 1.4 |")
+    assert "| 41.3 ± 3.8 |" in equal_time
+
+
 def test_a_planner_that_misses_is_said_to():
     row = {"method": auto.AUTO, "seed": 0, "problem": "decoder", "chosen": "a", "best by hand": "b"}
     values = {"time / best by hand": 1.02, "bytes / asked": 0.5, "asked bytes": 2**30,
