@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks.pieces import leave
-from benchmarks.teacher_cost import compiled
 from jmeta import cost
 from jmeta.core.types import Array, PyTree
 from jmeta.methods import fast_weights
@@ -218,7 +217,7 @@ def measure(config: Config) -> list[dict[str, Any]]:
     """Time, memory and FLOPs of every program."""
     rows = []
     for part, every in programs(config).items():
-        made = {name: compiled(jax.jit(run), *given) for name, (run, given) in every.items()}
+        made = {name: cost.compile_program(run, *given) for name, (run, given) in every.items()}
         arguments = {name: given for name, (_, given) in every.items()}
         repeats = config.repeats if part != GENERATION else max(config.repeats // 3, 1)
         seconds, _ = cost.interleave(made, arguments, repeats)
@@ -249,9 +248,7 @@ def growth(config: Config, name: str, given: tuple[Any, ...]) -> float:
     block = FastWeights(reference=float(config.segment)) if name == FAST else None
     counts = max(config.written // 4, 1), config.written
     for count in counts:
-        program = jax.jit(continuing(shape, block, count)).lower(*given).compile()
-        memory: Any = program.memory_analysis()
-        sizes.append(memory.temp_size_in_bytes)
+        sizes.append(cost.compile_program(continuing(shape, block, count), *given).temp_bytes)
     return (sizes[1] - sizes[0]) / max(counts[1] - counts[0], 1)
 
 

@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.pieces import leave
 from jmeta import methods
 from jmeta.core.types import Array
 from jmeta.methods.objective_sampler import Sampler
 from jmeta.runtime import config as configuration
-from jmeta.runtime import figures, report, statistics
+from jmeta.runtime import figures, statistics
 
 UNIFORM = "uniform"
 PROBABILITY = "probability of the useful objective, second half"
@@ -162,24 +163,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     configuration.dump(config, Path(config.out))
     rows, curves = rows_of(config)
     summary = statistics.summarise(rows, baseline=UNIFORM)
-    report.write_results(Path(config.out), rows, summary)
     shown = {name: curve for name, curve in curves.items() if name not in ("round-robin", "ucb")}
     figure = figures.learning_curves(
         Path(config.out) / "probability", shown, xlabel="window",
         ylabel="probability of the useful objective",
     )  # fmt: skip
-    notes = said(config, rows)
-    print("\n".join(notes))
-    report.write_report(
-        Path(config.out),
-        "One useful objective",
-        "Which sampler finds it, and what does finding it cost?",
-        config,
-        summary,
-        [("Probability of the useful objective, mean and 95 % interval over seeds.", figure)],
-        notes,
-    )
-    report.print_table(summary)
+    caption = "Probability of the useful objective, mean and 95 % interval over seeds."
+    leave(
+        config, "One useful objective", "Which sampler finds it, and what does finding it cost?",
+        rows, summary, notes=said(config, rows), pictures={caption: figure},
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ MiniLM's shape with random weights: neither time nor memory depends on their val
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,19 +96,6 @@ def inputs(config: Config, examples: int) -> dict[str, Array]:
     return {"tokens": tokens, "mask": jnp.ones(shape)}
 
 
-def compiled(run: Callable[..., PyTree], *arguments: Any) -> cost.Program:
-    """A program with its memory and FLOPs."""
-    begin = time.perf_counter()
-    traced = jax.jit(run).trace(*arguments)
-    lowered = traced.lower()
-    between = time.perf_counter()
-    program = lowered.compile()
-    planned = program.memory_analysis()
-    temp = 0 if planned is None else planned.temp_size_in_bytes
-    spent = between - begin, time.perf_counter() - between
-    return cost.Program(program, temp, cost.flops(traced.jaxpr), *spent)
-
-
 def measure(config: Config) -> list[dict[str, Any]]:
     """Memory at two numbers of examples, then the time of all in turns."""
     every, key = cells(config), jax.random.key(2)
@@ -122,7 +108,7 @@ def measure(config: Config) -> list[dict[str, Any]]:
     for name, (run, fixed, leaves) in every.items():
         for examples in (config.examples, 8 * config.examples):
             given = (fixed, leaves, inputs(config, examples), key)
-            program = compiled(run, *given)
+            program = cost.compile_program(run, *given)
             add(name, "temporary MB", program.temp_bytes / 1e6, examples=examples)
             if examples == config.examples:
                 programs[name], arguments[name] = program, given

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -159,29 +158,18 @@ def memory_cells(config: Config) -> dict[str, tuple[Any, ...]]:
     }
 
 
-def compiled(step: Any, *arguments: Any) -> cost.Program:
-    """A step, compiled, with its memory and its FLOPs."""
-    begin = time.perf_counter()
-    traced = step.trace(*arguments)
-    lowered = traced.lower()
-    between = time.perf_counter()
-    program = lowered.compile()
-    end = time.perf_counter()
-    planned = program.memory_analysis()
-    temp = 0 if planned is None else planned.temp_size_in_bytes
-    return cost.Program(program, temp, cost.flops(traced.jaxpr), between - begin, end - between)
-
-
 def measure(config: Config) -> list[dict[str, Any]]:
     """Memory of the soft step, compiled only; then the time of all steps in turns."""
     rows = []
     for name, (step, arguments) in memory_cells(config).items():
-        gigabytes = compiled(step, *arguments).temp_bytes / 1e9
+        gigabytes = cost.compile_program(step, *arguments).temp_bytes / 1e9
         rows.append({"method": name, "seed": 0, "metric": "temporary GB", "value": gigabytes})
     if config.memory_only:
         return rows
     every = cells(config)
-    programs = {name: compiled(jax.jit(c.step), c.state, c.data) for name, c in every.items()}
+    programs = {
+        name: cost.compile_program(jax.jit(c.step), c.state, c.data) for name, c in every.items()
+    }
     arguments = {name: (c.state, c.data) for name, c in every.items()}
     seconds, _ = cost.interleave(programs, arguments, config.repeats)
     for name, program in programs.items():

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import statistics
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import numpy as np
 from experiments import _adaptive_lm_methods as methods_of
 from experiments._adaptive_lm_data import Data, Rows, sampler
 from experiments._adaptive_lm_methods import Body, Losses
+from jmeta import cost
 from jmeta.core.types import PyTree
 from jmeta.files import write_atomically
 from jmeta.methods import datastore
@@ -159,30 +158,19 @@ def untuned(config: Any, body: Body, name: str, start: PyTree, trained: PyTree) 
 def costs(readers: dict[str, tuple[Losses, PyTree]], data: Data) -> list[dict[str, Any]]:
     """Seconds per token and temporary memory of each method on a few documents, interleaved."""
     rows = Rows(*(x[:TIMED] for x in data.test))
-    compiled: dict[str, tuple[Callable[[], Any], int]] = {}
-    for name, (losses, params) in readers.items():
-        program = jax.jit(losses).lower(params, rows).compile()
-        memory: Any = program.memory_analysis()
-
-        def once(program: Any = program, params: PyTree = params) -> None:
-            jax.block_until_ready(program(params, rows))
-
-        once()
-        compiled[name] = once, int(memory.temp_size_in_bytes)
-    seconds: dict[str, list[float]] = {name: [] for name in compiled}
-    for _ in range(REPEATS):
-        for name, (run, _) in compiled.items():
-            begun = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - begun)
-    tokens, static = rows.mask[:, 1:].size, statistics.median(seconds[methods_of.STATIC])
+    given = {name: (params, rows) for name, (_, params) in readers.items()}
+    programs = {
+        name: cost.compile_program(losses, *given[name]) for name, (losses, _) in readers.items()
+    }
+    seconds, _ = cost.interleave(programs, given, REPEATS)
+    tokens, static = rows.mask[:, 1:].size, cost.median(seconds[methods_of.STATIC])
     made = []
-    for name, (_, memory) in compiled.items():
-        middle = statistics.median(seconds[name])
+    for name, program in programs.items():
+        middle = cost.median(seconds[name])
         for metric, value in (
             ("cost per token, static = 1", middle / static),
             ("microseconds per token", 1e6 * middle / tokens),
-            ("temporary memory, MiB", memory / 2**20),
+            ("temporary memory, MiB", program.temp_bytes / 2**20),
         ):
             made.append({"method": name, "seed": 0, "metric": metric, "value": value})
     return made

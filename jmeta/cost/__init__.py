@@ -7,16 +7,15 @@ topology without a TPU, and says what fits; ``collectives`` reads the communicat
 
 from jmeta.cost.choice import Choice, explain, in_words
 from jmeta.cost.choosing import DoesNotFitError, auto, fastest
+from jmeta.cost.compiled import Program, compile_program, flops
 from jmeta.cost.hlo import Collective, collectives, wire_bytes
 from jmeta.cost.measured import (
     Cost,
-    Program,
     compile_estimate,
     double,
     estimators,
     exact_reference,
     fast_bytes,
-    flops,
     gradient_error,
     interleave,
     markdown,
@@ -46,6 +45,7 @@ __all__ = [
     "choose",
     "collectives",
     "compile_estimate",
+    "compile_program",
     "double",
     "estimators",
     "exact_reference",

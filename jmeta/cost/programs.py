@@ -12,8 +12,9 @@ import optax
 
 from jmeta.core.over_tasks import over_tasks
 from jmeta.cost import topology as machines
+from jmeta.cost.compiled import flops
 from jmeta.cost.hlo import collectives
-from jmeta.cost.measured import estimators, flops
+from jmeta.cost.measured import estimators
 from jmeta.cost.rows import Candidate, Row, traffic
 from jmeta.cost.shapes import Setting
 

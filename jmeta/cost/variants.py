@@ -22,7 +22,7 @@ from jmeta.core.over_tasks import over_tasks
 from jmeta.core.steps import Remat
 from jmeta.core.types import MetaGradient, Problem
 from jmeta.cost import topology as machines
-from jmeta.cost.measured import flops
+from jmeta.cost.compiled import flops
 
 KEEPING = "mixed_mode, products kept"
 ESTIMATORS = {
