@@ -71,7 +71,7 @@ class Config(configuration.RunConfig):
     """Weight of the divergence there."""
     inner_lr: float = 0.1
     """Rate of the inner SGD while weights are learned."""
-    rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
+    rates: tuple[float, ...] = (0.01, 0.03, 0.06, 0.1, 0.14, 0.2, 0.3, 0.5)
     """Rates at test to choose from, for every method by itself, on validation documents."""
     meta_steps: int = 200
     """Meta-steps."""
