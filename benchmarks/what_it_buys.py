@@ -191,24 +191,28 @@ def fwl_rows(folder: Path = RESULTS) -> list[str]:
     Returns:
         Lines of a Markdown table.
     """
-    kept: dict[str, dict[str, np.ndarray]] = {}
+    kept: dict[str, dict[str, dict[int, float]]] = {}
     for name, run in FWL_RUNS.items():
         file = folder / f"{run}.json"
         if not file.exists():
             return []
         rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
-        found = sorted(
-            (r["method"], r["seed"], r["value"]) for r in rows if r["metric"] == "perplexity"
-        )
         kept[name] = {
-            method: np.asarray([value for its, _, value in found if its == method])
+            method: {
+                r["seed"]: r["value"]
+                for r in rows
+                if r["metric"] == "perplexity" and r["method"] == method
+            }
             for method in (FWL, FWL_FIRST)
         }
     exact = kept["as many steps"][FWL]
-    lines = []
+    lines = ["| fast weights, perplexity | exact | first order | paired difference |",
+             "| --- | --: | --: | --: |"]  # fmt: skip
     for name, methods in kept.items():
-        first = methods[FWL_FIRST]
-        mine, other, gap = (statistics.mean_ci(v) for v in (exact, first, exact - first))
+        pairs = np.asarray([(exact[seed], methods[FWL_FIRST][seed]) for seed in exact])
+        mine, other, gap = (
+            statistics.mean_ci(v) for v in (pairs[:, 0], pairs[:, 1], pairs[:, 0] - pairs[:, 1])
+        )
         lines.append(
             f"| first order: {name} | {report.format_interval(mine.mean, mine.half_width)} "
             f"| {report.format_interval(other.mean, other.half_width)} "
@@ -233,8 +237,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         lines.append(f"| {seconds:g} | {means[0]} | {means[1]} | {gap} |")
     lines += ["", "| few-shot text, equal steps | exact | first order | paired difference "
               "| CPU time x |", "| --- | --: | --: | --: | --: |", *text_rows()]  # fmt: skip
-    lines += ["", "| fast weights, perplexity | exact | first order | paired difference |",
-              "| --- | --: | --: | --: |", *fwl_rows()]  # fmt: skip
+    lines += ["", *fwl_rows()]
     return "\n".join(lines)
 
 

@@ -97,7 +97,7 @@ def _one_each(every: Sequence[Question], rng: np.random.Generator) -> list[Quest
     """One question of each document that holds its answer, in random order."""
     chosen: dict[str, Question] = {}
     for i in rng.permutation(len(every)):
-        if every[i].answers and every[i].starts[0] >= 0:
+        if every[i].answers and every[i].answers[0].strip() and every[i].starts[0] >= 0:
             chosen.setdefault(every[i].context, every[i])
     return list(chosen.values())
 

@@ -48,7 +48,7 @@ class Config(configuration.RunConfig):
     vocab: int = 512
     """Size of the byte-level BPE, trained on the base's documents."""
     length: int = 80
-    """Tokens of a document: a window around the answer."""
+    """Tokens of a document: a window that holds the answer, anywhere in it."""
     question_length: int = 32
     """Tokens of a question with its answer."""
     longest_answer: int = 10

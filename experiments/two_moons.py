@@ -57,7 +57,8 @@ class Config(configuration.RunConfig):
     chunk: int = 50
     """Outer steps of one dispatch."""
     devices: int = 0
-    """Devices that the seeds are spread over, each with a program of its own to compile; 0: all."""
+    """Devices that the seeds are spread over, each with a program of its own to compile; 0: all.
+    Several processes train all seeds on one each."""
     evaluations: int = 40
     """How often students and teachers are looked at, and saved, while they train."""
     width: int = 8
@@ -196,9 +197,14 @@ def fresh_students(config: Config, data: data_of.Data) -> Any:
     return jax.vmap(lambda key: masked_lm.init(shape, key))(jax.numpy.stack(keys))
 
 
+def file_in(folder: Path, name: str) -> Path:
+    """Where a method's results are kept in a run directory."""
+    return folder / "methods" / f"{name.replace(' ', '-')}.json"
+
+
 def file_of(config: Config, name: str) -> Path:
     """Where a method's results are kept."""
-    return config.out / "methods" / f"{name.replace(' ', '-')}.json"
+    return file_in(config.out, name)
 
 
 def keep(

@@ -1,4 +1,4 @@
-"""Why a teacher loses to MLM on Two Moons: the soft teacher, with one thing changed at a time.
+"""Why a teacher loses to MLM on Two Moons, or wins: soft and hard teachers with settings changed.
 
 Every variant is pre-trained and fine-tuned as ``two_moons`` does; one that is done is kept.
 """
@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from experiments import _two_moons_data as data_of
 from experiments import _two_moons_report as page
@@ -21,47 +22,86 @@ from jmeta.runtime import config as configuration
 from jmeta.runtime import distributed, figures, report
 from jmeta.runtime.statistics import summarise
 
-BASE = "soft"
-# What is pre-trained, and the settings that differ from those of its preset.
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    MLM: (MLM, {}),
-    BASE: ("soft", {}),
-    "mask bug": ("soft", {"mask_bug": True}),
-    "MLM no task": ("soft", {"mlm_task": ()}),
-    "first order": ("soft", {"soft_gradient": "first_order"}),
-    "four inner steps": ("soft", {"inner_steps": 4}),
-    "restarted students": ("soft", {"restart_every": 500}),
-    "four students": ("soft", {"population": 4}),
-    "hard": ("hard", {}),
-    "hard first order": ("hard", {"coefficient": "first_order"}),
-    "hard as published": (
+BASE, HARD = "soft", "hard"
+
+
+class Variant(NamedTuple):
+    """One way to pre-train, and what it is compared with.
+
+    Attributes:
+        method: of ``two_moons``.
+        changes: the settings that differ from those of its preset.
+        against: the variant that it differs from in these.
+        remark: what else differs by that, for the report.
+    """
+
+    method: str
+    changes: dict[str, Any]
+    against: str = BASE
+    remark: str = ""
+
+
+VARIANTS: dict[str, Variant] = {
+    MLM: Variant(MLM, {}),
+    BASE: Variant("soft", {}),
+    "mask bug": Variant("soft", {"mask_bug": True}),
+    "MLM no task": Variant("soft", {"mlm_task": ()}),
+    "first order": Variant("soft", {"soft_gradient": "first_order"}),
+    "four inner steps": Variant(
+        "soft", {"inner_steps": 4},
+        remark="its teacher takes as many steps, so that its student takes four times as many",
+    ),
+    "restarted students": Variant(
+        "soft", {"restart_every": 1000},
+        remark="the student that is fine-tuned began at the last of them",
+    ),
+    "four students": Variant(
+        "soft", {"population": 4},
+        remark="the one that is fine-tuned was taught a quarter of the time",
+    ),
+    HARD: Variant("hard", {}),
+    "hard first order": Variant("hard", {"coefficient": "first_order"}, HARD),
+    "hard as published": Variant(
         "hard",
         {"coefficient": "cosine", "baseline": "none", "weighting": "mean", "hard_weight": 1.0},
+        HARD, "four settings differ",
     ),
-    "input-only soft": ("input-only soft", {}),
-    "mask-only": ("mask-only", {}),
-}
+    "input-only soft": Variant("input-only soft", {}),
+    "mask-only": Variant("mask-only", {}),
+}  # fmt: skip
 # What the last evaluation of pre-training says of student and teacher.
 MONITORS = ("mlm_accuracy", "labels_entropy", "inputs_entropy", "inputs_copied", "cosine")
 
 
+def folder_of(config: Any, name: str) -> Path:
+    """Where a variant is trained."""
+    return config.out / "variants" / name.replace(" ", "-")
+
+
 def setting(config: Any, name: str) -> two_moons.Config:
-    """The configuration of a variant, with a folder of its own."""
-    method, changes = VARIANTS[name]
+    """The configuration of a variant, in a folder of its own.
+
+    Raises:
+        ValueError: it cannot be; the message names the variant.
+    """
+    variant, preset = VARIANTS[name], two_moons.PRESETS[config.size]
+    inner = variant.changes.get("inner_steps", 1)
     shared = {
         field: getattr(config, field)
-        for field in ("seeds", "first_seed", "resume", "samples", "evaluations", "label_counts",
-                      "devices")
-    }  # fmt: skip
-    return dataclasses.replace(
-        two_moons.PRESETS[config.size], **shared, methods=(method,), **changes,
-        out=config.out / "variants" / name.replace(" ", "-"),
-    )  # fmt: skip
+        for field in ("seeds", "first_seed", "resume", "evaluations", "label_counts", "devices")
+    }
+    try:
+        return dataclasses.replace(
+            preset, **shared, **variant.changes, methods=(variant.method,),
+            samples=config.samples * inner, out=folder_of(config, name),
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(f"variant {name!r}: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(configuration.RunConfig):
-    """Why a teacher loses on Two Moons: the soft teacher with one thing changed at a time."""
+    """Why a teacher loses to MLM on Two Moons, or wins: teachers with settings changed."""
 
     seeds: int = 5
     """Number of seeds, trained side by side."""
@@ -70,17 +110,21 @@ class Config(configuration.RunConfig):
     size: Literal["paper", "smoke"] = "paper"
     """Whose networks, batches and fine-tuning: a preset of two_moons."""
     samples: int = 64_000
-    """Sequences that each variant is pre-trained on: a tenth of the published number."""
+    """Sequences that each variant is pre-trained on, a tenth of the published number; four times
+    as many with four inner steps."""
     evaluations: int = 10
     """How often students and teachers are looked at, and saved, while they train."""
     label_counts: tuple[int, ...] = (10,)
     """Labelled points to fine-tune on; as many others choose checkpoint and rate."""
     devices: int = 0
-    """Devices that the seeds are spread over, each with a program of its own to compile; 0: all."""
+    """Devices that the seeds are spread over, each with a program of its own to compile; 0: all.
+    Several processes train all seeds on one each."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "variants", named("variants", self.variants, tuple(VARIANTS)))
+        if not self.variants:
+            raise ValueError(f"no variants: choose of {', '.join(VARIANTS)}")
         for name in self.variants:
             setting(self, name)  # which refuses what cannot be
 
@@ -107,49 +151,63 @@ def rows_of(name: str, kept: dict[str, Any], seeds: Sequence[int]) -> list[dict[
 
 
 def write(config: Config) -> None:
-    """Merge what the variants left into results.json, a figure and report.html."""
+    """Merge what the variants left into results.json, figures and report.html."""
     found: dict[str, dict[str, Any]] = {}
-    for name, (method, _) in VARIANTS.items():
-        file = two_moons.file_of(setting(config, name), method)
+    for name, variant in VARIANTS.items():
+        file = two_moons.file_in(folder_of(config, name), variant.method)
         if file.exists():
             found[name] = json.loads(file.read_text(encoding="utf-8"))
     write_metrics(config.out, {name: each["history"] for name, each in found.items()})
     seeds = config.seed_list
     rows = [row for name, each in found.items() for row in rows_of(name, each, seeds)]
-    summary = summarise(rows, baseline=BASE if BASE in found else next(iter(found)))
+    summary: list[dict[str, Any]] = []
+    pictures: list[tuple[str, tuple[Path, Path]]] = []
+    for base in (BASE, HARD):
+        mine = [name for name in found if VARIANTS[name].against == base]
+        if base == HARD:
+            mine = [HARD, *mine] if HARD in found and mine else mine
+        if not mine:
+            continue
+        baseline = base if base in found else mine[0]
+        part = summarise([row for row in rows if row["method"] in mine], baseline=baseline)
+        accuracy = [row for row in part if row["metric"] == "accuracy"]
+        if any(row["paired_difference"] is not None for row in accuracy):
+            caption = f"Test accuracy against {baseline}, by seed; filled where 0 is excluded."
+            drawn = figures.forest(config.out / f"differences-{base}", accuracy, "accuracy")
+            pictures.append((caption, drawn))
+        # The hard teacher stands in the first table, where it is compared with the soft one.
+        summary += [row for row in part if base == BASE or row["method"] != HARD]
     report.write_results(config.out, rows, summary)
     report.print_table(summary)
-    accuracy = [row for row in summary if row["metric"] == "accuracy"]
-    pictures: list[tuple[str, tuple[Path, Path]]] = []
-    if any(row["paired_difference"] is not None for row in accuracy):
-        caption = f"Test accuracy against {BASE}, paired by seed; filled where 0 is excluded."
-        drawn = figures.forest(config.out / "differences", accuracy, "accuracy")
-        pictures.append((caption, drawn))
+    soft = ", ".join(name for name, variant in VARIANTS.items() if variant.method == "soft")
     notes = [
-        f"Every variant is pre-trained on {config.samples} sequences. A variant without 'hard', "
-        "'input-only' or 'mask' in its name is the soft teacher.",
+        f"Pre-trained on {config.samples} sequences. Variants of the soft teacher: {soft}.",
+        *(f"{name}: {VARIANTS[name].remark}." for name in found if VARIANTS[name].remark),
         "Test accuracy is that after fine-tuning; rate and checkpoint are chosen on as many other "
         "labelled points. Monitors are those of the last evaluation.",
         *page.collapses(found, seeds),
     ]
     missing = [name for name in VARIANTS if name not in found]
     if missing:
-        notes.append(f"Not yet in this run: {', '.join(missing)}.")
+        notes.append(f"Not in this run: {', '.join(missing)}.")
+    said = (__doc__ or "").partition("\n")[0]
     report.write_report(
-        config.out, "Why a teacher loses, or wins", __doc__ or "", config, summary, pictures, notes
+        config.out, "Why a teacher loses, or wins", said, config, summary, pictures, notes
     )
 
 
 def run(config: Config) -> None:
-    """Train the variants that are asked for, and write the run directory."""
+    """Train the variants that are asked for, and write the run directory after each."""
     record(config, "variants", "devices")
     for name in config.variants:
         given = setting(config, name)
-        record(given, "devices")
-        print(f"variant: {name}", flush=True)
-        two_moons.train(given, data_of.load(given.validation_sequences, given.test_points))
-    if distributed.is_writer():
-        write(config)
+        if not two_moons.file_in(given.out, VARIANTS[name].method).exists():
+            record(given, "devices")
+            if distributed.is_writer():
+                print(f"variant: {name}", file=sys.stderr, flush=True)
+            two_moons.train(given, data_of.load(given.validation_sequences, given.test_points))
+        if distributed.is_writer():
+            write(config)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -249,9 +249,13 @@ def format_interval(mean: float | None, half_width: float | None, sign: bool = F
       ('0.562 ± 0.012', '+0.0500')
       >>> format_interval(None, None), format_interval(123456.7, 2345.6)
       ('–', '123500 ± 2300')
+      >>> format_interval(0.997, 1.5e-16)  # equal values, whose interval is rounding
+      '0.997 ± 0.000'
     """
     if mean is None or not math.isfinite(mean):
         return "–"
+    if half_width and half_width < 1e-12 * abs(mean):
+        half_width = 0.0
     plus = "+" if sign else ""
     scale = half_width if half_width else abs(mean)
     digits = 2 if half_width else 3

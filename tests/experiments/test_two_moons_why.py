@@ -14,11 +14,12 @@ SMOKE = ["--preset", "smoke"]
 def test_a_variant_differs_from_the_published_setting_in_what_it_says_alone(tmp_path):
     config = two_moons_why.Config(out=tmp_path, seeds=3)
     free = {"out", "seeds", "samples", "evaluations", "label_counts", "methods"}
+    assert two_moons_why.setting(config, "four inner steps").outer_steps == 4000
     paper = two_moons.PRESETS["paper"]
     changed = {}
     for name in two_moons_why.VARIANTS:
         given = two_moons_why.setting(config, name)
-        assert (given.seeds, given.samples, given.label_counts) == (3, 64_000, (10,))
+        assert (given.seeds, given.outer_steps, given.label_counts) == (3, 4000, (10,))
         fields = [f.name for f in dataclasses.fields(given) if f.name not in free]
         changed[name] = (
             given.methods,
@@ -39,7 +40,8 @@ def test_a_variant_differs_from_the_published_setting_in_what_it_says_alone(tmp_
     ("fields", "said"),
     [
         ({"variants": ("soap",)}, "variants soap: choose of mlm, soft, mask bug"),
-        ({"samples": 1000}, "samples=1000 is no multiple"),
+        ({"variants": ("",)}, "no variants: choose of mlm, soft"),
+        ({"samples": 1000}, "variant 'mlm': samples=1000 is no multiple"),
         ({"label_counts": (1,)}, "cannot hold one of each moon"),
     ],
 )
@@ -48,13 +50,14 @@ def test_settings_that_cannot_be_are_refused(fields, said):
         two_moons_why.Config(**fields)
 
 
-def test_what_variants_left_becomes_one_table_against_the_soft_teacher(tmp_path, capsys):
+def test_what_variants_left_becomes_one_table_against_soft_and_hard(tmp_path, capsys):
     config = dataclasses.replace(two_moons_why.PRESETS["smoke"], out=tmp_path)
-    values = {"soft": (0.5, 0.7), "mask bug": (0.4, 0.65)}
+    values = {"soft": (0.5, 0.7), "mask bug": (0.4, 0.65), "hard": (0.3, 0.4),
+              "hard as published": (0.4, 0.4)}  # fmt: skip
     for name, accuracies in values.items():
-        method, _ = two_moons_why.VARIANTS[name]
-        given = two_moons_why.setting(config, name)
-        two_moons.file_of(given, method).parent.mkdir(parents=True)
+        method = two_moons_why.VARIANTS[name].method
+        file = two_moons.file_in(two_moons_why.folder_of(config, name), method)
+        file.parent.mkdir(parents=True)
         row = {"step": 4, "samples": 64, "seconds": 1.0}
         for seed in (0, 1):
             row |= {f"mlm_accuracy_seed{seed}": 0.1, f"labels_entropy_seed{seed}": 2.0 - seed}
@@ -64,7 +67,7 @@ def test_what_variants_left_becomes_one_table_against_the_soft_teacher(tmp_path,
         ]
         rows.append({"method": method, "seed": 0, "metric": "MLM accuracy", "value": 0.1})
         kept = {"method": method, "rows": rows, "history": [row]}
-        two_moons.file_of(given, method).write_text(json.dumps(kept))
+        file.write_text(json.dumps(kept))
     two_moons_why.write(config)
     results = read_results(tmp_path)
     by = {(row["method"], row["metric"]): row for row in results["summary"]}
@@ -74,10 +77,15 @@ def test_what_variants_left_becomes_one_table_against_the_soft_teacher(tmp_path,
     assert by["mask bug", "labels entropy"]["mean"] == 1.5
     assert ("soft", "MLM accuracy") not in by  # which the monitors have for every variant
     assert by["soft", "mlm accuracy"]["mean"] == pytest.approx(0.1)
-    for name in ("differences.png", "report.html", "metrics.jsonl"):
+    assert by["hard", "accuracy"]["paired_difference"] == pytest.approx(-0.25)
+    assert by["hard as published", "accuracy"]["baseline"] == "hard"
+    assert by["hard as published", "accuracy"]["paired_difference"] == pytest.approx(0.05)
+    assert len(by) == len(results["summary"])  # each once
+    for name in ("differences-soft.png", "differences-hard.svg", "report.html", "metrics.jsonl"):
         assert (tmp_path / name).stat().st_size > 0
     page = (tmp_path / "report.html").read_text()
-    assert "Not yet in this run: mlm, MLM no task, first order" in page
+    assert "Not in this run: mlm, MLM no task, first order" in page
+    assert "hard as published: four settings differ." in page
 
 
 @pytest.mark.slow
