@@ -169,8 +169,8 @@ class Config(configuration.RunConfig):
 
 PRESETS = {
     "quick": Config(
-        seeds=2, samples=6400, evaluations=4, warmup=100, label_counts=(10, 160),
-        methods=(MLM, "input-only soft"), finetune_steps=300, finetune_rates=(0.01, 0.04),
+        seeds=3, samples=3200, evaluations=4, warmup=100, layers=1, label_counts=(10, 160),
+        methods=(MLM, "input-only soft"), finetune_steps=200, finetune_rates=(0.01, 0.04),
         validation_sequences=200, devices=1,
     ),
     "paper": Config(),
