@@ -63,6 +63,10 @@ class Pretrained(NamedTuple):
     seconds: float
 
 
+class Diverged(FloatingPointError):
+    """A loss or a parameter of a method is not finite any more; the message says where."""
+
+
 def pretrain(config: Any, data: Data, name: str, method: Method, folder: Path) -> Pretrained:
     """Train one method to its end, from its newest checkpoint if there is one.
 
@@ -75,6 +79,9 @@ def pretrain(config: Any, data: Data, name: str, method: Method, folder: Path) -
 
     Returns:
         The students and the history.
+
+    Raises:
+        Diverged: a loss or a parameter is not finite.
     """
     seeds, chunks = config.seed_list, config.outer_steps // config.chunk
     every = chunks // config.evaluations
@@ -109,7 +116,9 @@ def pretrain(config: Any, data: Data, name: str, method: Method, folder: Path) -
         states = _together([part.states for part in parts], axis=0)
         info = _together([part.info for part in parts], axis=1)
         if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((info.loss, states.meta))):
-            sys.exit(
+            checkpoint.wait(manager)
+            manager.close()
+            raise Diverged(
                 f"{name}: a loss or a parameter is not finite at outer step "
                 f"{(at + 1) * config.chunk}; the newest checkpoint is in {folder}"
             )

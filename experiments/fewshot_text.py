@@ -66,7 +66,7 @@ class Config(configuration.RunConfig):
     """Passages per step of joint training, and of transfer."""
     joint_lr: float = 1e-3
     """AdamW's rate at the start of a cosine decay, in joint training and transfer."""
-    meta_steps: int = 300
+    meta_steps: int = 200
     """Meta-steps of each method; transfer takes as many gradient evaluations as exact MAML."""
     meta_batch: int = 8
     """Episodes per meta-step."""

@@ -24,7 +24,7 @@ from experiments import _two_moons_report as page
 from experiments._shared import command_line, record
 from experiments._teacher_shared import HARD, named
 from experiments._two_moons_methods import METHODS, MLM, NONE
-from experiments._two_moons_training import Pretrained, pretrain
+from experiments._two_moons_training import Diverged, Pretrained, pretrain
 from experiments._two_moons_tuning import Tuned, fine_tune, fine_tuner
 from jmeta import methods
 from jmeta.models import masked_lm
@@ -257,11 +257,12 @@ def panels_of(
     return methods.panels(read, pseudo, decode)
 
 
-def train(config: Config, data: data_of.Data) -> Tuner:
+def train(config: Config, data: data_of.Data) -> tuple[Tuner, list[str]]:
     """Pre-train and fine-tune every method that is asked for and not kept yet.
 
     Returns:
-        What fine-tunes students at every number of labels, compiled when first used.
+        What fine-tunes students at every number of labels, compiled when first used; and what is
+        to be said of methods that diverged, which are left out.
     """
     wanted = [name for name in config.methods if not file_of(config, name).exists()]
     built = {name: methods_of.build(config, data, name) for name in wanted}
@@ -277,24 +278,32 @@ def train(config: Config, data: data_of.Data) -> Tuner:
         found = {n: fine_tune(config, data, program, students, n) for n in config.label_counts}
         return found, time.monotonic() - begun
 
+    lost = []
     for name, method in built.items():
-        trained = pretrain(config, data, name, method, file_of(config, name).with_suffix(""))
+        try:
+            trained = pretrain(config, data, name, method, file_of(config, name).with_suffix(""))
+        except Diverged as error:
+            print(error, file=sys.stderr, flush=True)
+            lost.append(str(error))
+            continue
         tuned, seconds = tune([trained.latest, trained.best])
         keep(config, name, tuned, trained, seconds, panels_of(config, data, method, trained))
-    return tune
+    return tune, lost
 
 
 def run(config: Config) -> None:
     """Pre-train, fine-tune, test, and write the run directory."""
     record(config, "methods", "devices")
     data = data_of.load(config.validation_sequences, config.test_points)
-    tune = train(config, data)
+    tune, lost = train(config, data)
     if not file_of(config, NONE).exists():
         students = fresh_students(config, data)
         tuned, seconds = tune([students, students])
         keep(config, NONE, tuned, None, seconds, "")
     if distributed.is_writer():
         page.write(config, data, [file_of(config, name) for name in (*METHODS, NONE)])
+    if lost:
+        sys.exit("\n".join(("Left out:", *lost)))
 
 
 def a_device_for_each_core() -> None:

@@ -157,6 +157,8 @@ def write(config: Config) -> None:
         file = two_moons.file_in(folder_of(config, name), variant.method)
         if file.exists():
             found[name] = json.loads(file.read_text(encoding="utf-8"))
+    if not found:
+        return  # the first one diverged
     write_metrics(config.out, {name: each["history"] for name, each in found.items()})
     seeds = config.seed_list
     rows = [row for name, each in found.items() for row in rows_of(name, each, seeds)]
@@ -199,15 +201,19 @@ def write(config: Config) -> None:
 def run(config: Config) -> None:
     """Train the variants that are asked for, and write the run directory after each."""
     record(config, "variants", "devices")
+    lost = []
     for name in config.variants:
         given = setting(config, name)
         if not two_moons.file_in(given.out, VARIANTS[name].method).exists():
             record(given, "devices")
             if distributed.is_writer():
                 print(f"variant: {name}", file=sys.stderr, flush=True)
-            two_moons.train(given, data_of.load(given.validation_sequences, given.test_points))
+            data = data_of.load(given.validation_sequences, given.test_points)
+            lost += [f"{name}: {said}" for said in two_moons.train(given, data)[1]]
         if distributed.is_writer():
             write(config)
+    if lost:
+        sys.exit("\n".join(("Left out:", *lost)))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -260,8 +260,40 @@ def test_an_interrupted_method_goes_on_and_ends_with_the_same_numbers(run, tmp_p
     monkeypatch.undo()
     with pytest.raises(SystemExit, match="add --resume"):
         two_moons.main(arguments)
+    other = tmp_path / "other devices"
+    shutil.copytree(out, other)
     two_moons.main([*arguments, "--resume"])
     assert read_results(out) == read_results(run)
+
+    # Seeds mapped together or apart are rounded apart.
+    two_moons.main([*arguments[:-1], str(other), "--resume", "--devices", "1"])
+    last = [json.loads((each / "methods" / "mlm.json").read_text())["history"][-1]
+            for each in (other, run)]  # fmt: skip
+    numbers = [key for key in last[0] if key != "seconds"]
+    assert {k: last[0][k] for k in numbers} == pytest.approx({k: last[1][k] for k in numbers})
+
+
+def test_a_method_that_diverges_is_left_out_and_the_others_go_on(data, tmp_path, monkeypatch):
+    asked = []
+
+    def diverge(config, data, name, method, folder):
+        asked.append(name)
+        raise training.Diverged(f"{name} at outer step 50")
+
+    monkeypatch.setattr(two_moons, "pretrain", diverge)
+    config = dataclasses.replace(two_moons.PRESETS["smoke"], out=tmp_path)
+    lost = two_moons.train(config, data)[1]
+    assert asked == ["mlm", "mask-only"]
+    assert lost == ["mlm at outer step 50", "mask-only at outer step 50"]
+    assert not (tmp_path / "methods").exists()
+
+
+@pytest.mark.slow
+def test_what_diverges_is_told_and_its_last_good_state_kept(data, tmp_path):
+    smoke = dataclasses.replace(two_moons.PRESETS["smoke"], rate=1e30, methods=("mlm",))
+    method = methods_of.build(smoke, data, "mlm")
+    with pytest.raises(training.Diverged, match=r"mlm: .* not finite at outer step"):
+        training.pretrain(smoke, data, "mlm", method, tmp_path)
 
 
 @pytest.mark.slow

@@ -88,6 +88,22 @@ def test_what_variants_left_becomes_one_table_against_soft_and_hard(tmp_path, ca
     assert "hard as published: four settings differ." in page
 
 
+def test_a_variant_that_diverges_is_named_at_the_end_and_the_others_go_on(tmp_path, monkeypatch):
+    asked = []
+
+    def train(given, data):
+        asked.append(given.methods)
+        return None, [f"{given.methods[0]} at outer step 50"]
+
+    monkeypatch.setattr(two_moons, "train", train)
+    with pytest.raises(SystemExit) as end:
+        two_moons_why.main([*SMOKE, "--out", str(tmp_path / "why")])
+    assert asked == [("mlm",), ("mask-only",)]
+    assert end.value.code == (
+        "Left out:\nmlm: mlm at outer step 50\nmask-only: mask-only at outer step 50"
+    )
+
+
 @pytest.mark.slow
 def test_variants_join_and_what_is_there_is_only_read(tmp_path):
     out = tmp_path / "why"
