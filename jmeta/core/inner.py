@@ -14,7 +14,7 @@ import optax
 
 from jmeta.core.autodiff import GradTransform, is_mixed_mode, reverse_grad
 from jmeta.core.scaling import common_factor, scaled
-from jmeta.core.steps import Remat, scan_steps
+from jmeta.core.steps import Loop, Remat, scan_steps
 from jmeta.core.types import Array, Episode, Key, LossFn, Problem, PyTree, Steps, no_encoding
 
 
@@ -266,6 +266,7 @@ def inner_loop(
     objective: Objective = final,
     remat: Remat = "none",
     grad: GradTransform = reverse_grad,
+    loop: Loop = "scan",
 ) -> InnerLoop:
     r"""Build the inner loop of a problem: ``T`` steps, and the outer loss along them.
 
@@ -277,6 +278,7 @@ def inner_loop(
         remat: what the backward pass recomputes, see ``scan_steps``.
         grad: how inner gradients are differentiated: ``reverse_grad``, ``stopped_grad`` or
             ``mixed_mode_grad``.
+        loop: ``"scan"`` or ``"unroll"``, see ``scan_steps``.
 
     Returns:
         ``run(meta, state, episode, key) -> (loss, (state, inner_losses[T], aux))``, pure and
@@ -351,7 +353,7 @@ def inner_loop(
             losses = jnp.zeros((0,))
         else:
             state, (losses, scores) = scan_steps(
-                step, state, batches, steps, remat, weights=lambda state: state.fast
+                step, state, batches, steps, remat, weights=lambda state: state.fast, loop=loop
             )
         if objective.name == "unscored":
             loss, aux = jnp.zeros(()), {}

@@ -17,6 +17,7 @@ from jmeta.core.tree import names
 from jmeta.core.types import PyTree
 
 Remat: TypeAlias = Literal["none", "step", "nested", "rounded"]
+Loop: TypeAlias = Literal["scan", "unroll"]
 
 
 def scan_steps(
@@ -26,6 +27,7 @@ def scan_steps(
     length: int,
     remat: Remat = "none",
     weights: Callable[[PyTree], PyTree] | None = None,
+    loop: Loop = "scan",
 ) -> tuple[PyTree, PyTree]:
     r"""``jax.lax.scan`` over inner steps, with a choice of what the backward pass recomputes.
 
@@ -43,12 +45,15 @@ def scan_steps(
         length: number of steps, at least one.
         remat: which of the four.
         weights: ``carry -> subtree``, what ``"rounded"`` rounds; None: nothing.
+        loop: ``"scan"``, or ``"unroll"``: a program of its own for every step, which stacks and
+            slices nothing and takes as many times as long to compile. With ``remat="none"`` alone:
+            a compiler merges what is computed twice in one straight program.
 
     Returns:
         The last carry and the stacked outputs ``[length, ...]``.
 
     Raises:
-        ValueError: an unknown ``remat``.
+        ValueError: an unknown ``remat`` or ``loop``, or ``"unroll"`` with a ``remat``.
         TypeError: the carry that a step returns differs from the one that it took.
 
     Example:
@@ -59,13 +64,17 @@ def scan_steps(
     """
     if remat not in get_args(Remat):
         raise ValueError(f"remat is {remat!r}; choose one of {', '.join(get_args(Remat))}")
-    if remat == "none" and length == 1:
-        # Outside a loop, what nobody reads of the only step's cotangents is not computed: those of
-        # a student that lives on, for one. As a function of its own, as a scan's body is, it takes
-        # numpy's arrays too.
-        last, y = jax.jit(step)(carry, jax.tree.map(lambda x: x[0], xs))
-        _require_same_types(carry, last)
-        return last, jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], y)
+    if loop not in get_args(Loop):
+        raise ValueError(f"loop is {loop!r}; choose one of {', '.join(get_args(Loop))}")
+    if loop == "unroll" and remat != "none":
+        raise ValueError(
+            f'loop="unroll" keeps every step apart, and what remat={remat!r} computes again a '
+            'compiler would merge with what was there: choose remat="none" or loop="scan"'
+        )
+    # Outside a loop, what nobody reads of the only step's cotangents is not computed: those of a
+    # student that lives on, for one.
+    if remat == "none" and (length == 1 or loop == "unroll"):
+        return _unrolled(step, carry, xs, length)
     if remat == "none":
         return jax.lax.scan(step, carry, xs, length=length)
     if remat == "rounded":
@@ -87,6 +96,20 @@ def scan_steps(
         step, carry, jax.tree.map(lambda x: x[whole:], xs), length - whole
     )
     return carry, jax.tree.map(lambda y, end: jnp.concatenate([y, end]), ys, last)
+
+
+def _unrolled(
+    step: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]], carry: PyTree, xs: PyTree, length: int
+) -> tuple[PyTree, PyTree]:
+    """One step after the other."""
+    # As a function of its own, as a scan's body is, a step takes numpy's arrays too.
+    step, ys = jax.jit(step), []
+    for i in range(length):
+        last, y = step(carry, jax.tree.map(lambda x, i=i: x[i], xs))
+        _require_same_types(carry, last)
+        carry = last
+        ys.append(y)
+    return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *ys)
 
 
 def _require_same_types(before: PyTree, after: PyTree) -> None:

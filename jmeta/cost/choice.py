@@ -19,7 +19,7 @@ import jax
 from jmeta.core.inner import Objective, inner_loop, start
 from jmeta.core.types import Episode, Key, MetaGradient, Problem, PyTree
 from jmeta.cost.measured import median
-from jmeta.cost.variants import Trial, Variant, describe
+from jmeta.cost.variants import ESTIMATORS, Trial, Variant, describe
 from jmeta.files import write_atomically
 
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
@@ -161,6 +161,7 @@ def setting_of(text: str, **more: Any) -> dict[str, Any]:
         "device": f"{device.platform} {device.device_kind}",
         "jax": jax.__version__,
         "jmeta": version,
+        "estimators": list(ESTIMATORS),  # what it was chosen among
         **more,
     }
 

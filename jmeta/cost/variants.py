@@ -24,12 +24,15 @@ from jmeta.core.types import MetaGradient, Problem
 from jmeta.cost import topology as machines
 from jmeta.cost.compiled import flops
 
-KEEPING = "mixed_mode, products kept"
-ESTIMATORS = {
-    "mixed_mode": mixed_mode,
-    KEEPING: functools.partial(mixed_mode, keep=keep_products()),
-    "unrolled": unrolled,
+WITH_REMAT = {"mixed_mode": mixed_mode, "unrolled": unrolled}
+# These keep what a remat would compute again.
+KEEPING = {"mixed_mode, products kept": functools.partial(mixed_mode, keep=keep_products())}
+WRITTEN_OUT = {
+    f"{name}, written out": functools.partial(make, loop="unroll")
+    for name, make in WITH_REMAT.items()
 }
+ESTIMATORS = WITH_REMAT | KEEPING | WRITTEN_OUT
+LONGEST = 8  # inner steps to write out: compilation takes as many times as long
 MICROBATCHES = 4  # how many sizes of a microbatch are tried at most
 
 
@@ -98,11 +101,11 @@ def variants(steps: int, microbatch: int | None = None) -> list[Variant]:
     remats: tuple[Remat, ...] = ("none",)
     if steps > 0:
         remats = ("none", "step", "nested") if steps >= 4 else ("none", "step")
+    plain = WITH_REMAT | KEEPING | (WRITTEN_OUT if 2 <= steps <= LONGEST else {})
     return [
         Variant(name, remat, microbatch)
         for remat in remats
-        for name in ESTIMATORS
-        if remat == "none" or name != KEEPING  # what is kept is not computed again
+        for name in (plain if remat == "none" else WITH_REMAT)
     ]
 
 

@@ -17,6 +17,8 @@ EXACT = {
     "unrolled": jmeta.unrolled,
     "mixed_mode": jmeta.mixed_mode,
     "mixed_mode, products kept": functools.partial(jmeta.mixed_mode, keep=jmeta.keep_products()),
+    "mixed_mode, written out": functools.partial(jmeta.mixed_mode, loop="unroll"),
+    "unrolled, written out": functools.partial(jmeta.unrolled, loop="unroll"),
     "forward": jmeta.forward,
 }
 WITH_REMAT = ("unrolled", "mixed_mode")

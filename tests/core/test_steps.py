@@ -17,31 +17,50 @@ def logistic(carry, x):
     return carry, (carry["a"] ** 2, {"n": carry["n"]})
 
 
-@pytest.mark.parametrize("remat", ["step", "nested"])
-def test_remat_changes_neither_values_nor_gradients_at_any_length(remat):
+@pytest.mark.parametrize("way", [{"remat": "step"}, {"remat": "nested"}, {"loop": "unroll"}])
+def test_remat_and_loop_change_neither_values_nor_gradients_at_any_length(way):
     for length in (1, 2, 5, 8, 13):
         u = jnp.linspace(0.0, 1.0, length)
 
-        def value(a, u, remat, length=length):
+        def value(a, u, way, length=length):
             start = {"a": a, "n": jnp.asarray(0)}
-            carry, (ys, others) = scan_steps(logistic, start, {"u": u}, length, remat)
+            carry, (ys, others) = scan_steps(logistic, start, {"u": u}, length, **dict(way))
             return carry["a"] + jnp.vdot(ys, jnp.arange(1.0, length + 1)), (ys, others["n"])
 
         run = jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True), static_argnums=2)
-        (plain, outputs), slopes = run(0.3, u, "none")
-        (again, other_outputs), other_slopes = run(0.3, u, remat)
+        (plain, outputs), slopes = run(0.3, u, ())
+        (again, other_outputs), other_slopes = run(0.3, u, tuple(way.items()))
         assert float(again) == pytest.approx(float(plain), rel=1e-13)
         np.testing.assert_allclose(other_outputs[0], outputs[0], rtol=1e-13)
         assert other_outputs[1].tolist() == list(range(1, length + 1))
         assert relative_error(other_slopes, slopes) < 1e-12
 
 
-def test_a_scan_without_inputs_and_an_unknown_remat():
+def test_a_scan_without_inputs_and_what_is_refused():
     count_up = lambda carry, _: (carry * 1.5, None)
     for remat in ("none", "step", "nested"):
         assert float(scan_steps(count_up, 1.0, None, 7, remat)[0]) == 1.5**7
+    assert float(scan_steps(count_up, 1.0, None, 7, loop="unroll")[0]) == 1.5**7
+    with pytest.raises(ValueError, match="loop is 'while'; choose one of scan, unroll"):
+        scan_steps(count_up, 1.0, None, 7, loop="while")
+    with pytest.raises(ValueError, match="what remat='step' computes again a compiler would merge"):
+        scan_steps(count_up, 1.0, None, 7, "step", loop="unroll")
     with pytest.raises(ValueError, match="remat is 'block'; choose one of none, step, nested"):
         scan_steps(count_up, 1.0, None, 7, "block")
+
+
+def test_a_written_out_loop_stacks_and_slices_nothing_that_its_steps_keep():
+    def value(a, loop):
+        start = {"a": a, "n": jnp.asarray(0)}
+        return scan_steps(logistic, start, {"u": jnp.ones(6)}, 6, loop=loop)[0]["a"]
+
+    scanned, written = (
+        str(jax.make_jaxpr(jax.grad(lambda a, loop=loop: value(a, loop)))(0.3))
+        for loop in ("scan", "unroll")
+    )
+    assert "scan[" in scanned
+    assert "scan[" not in written
+    assert "while[" not in written
 
 
 @pytest.mark.parametrize("length", [1, 2])

@@ -12,7 +12,7 @@ import jmeta
 from jmeta import cost
 from jmeta.cost import choosing
 from jmeta.cost import race as racing
-from jmeta.cost.variants import KEEPING
+from jmeta.cost.variants import KEEPING, WITH_REMAT, WRITTEN_OUT, variants
 from jmeta.testing import quadratic
 
 
@@ -92,15 +92,24 @@ def test_it_trains_in_a_compiled_outer_step(tmp_path):
     np.testing.assert_allclose(state.meta, q.meta - 0.1 * q.exact(2), atol=1e-5)
 
 
+def test_few_steps_are_tried_written_out_and_many_are_not():
+    names = {steps: {v.estimator for v in variants(steps)} for steps in (0, 1, 2, 8, 9)}
+    for steps, found in names.items():
+        assert found == WITH_REMAT.keys() | KEEPING.keys() | (
+            WRITTEN_OUT.keys() if steps in (2, 8) else set()
+        )
+    assert all(v.remat == "none" for v in variants(8) if v.estimator not in WITH_REMAT)
+
+
 @pytest.mark.slow
 def test_the_memory_is_kept_to(tmp_path):
     problem, meta, episode = network()
     free = cost.fastest(problem, 16, meta, episode, memory="1GiB", folder=tmp_path)
     sizes = {trial.variant: trial.bytes for trial in free.trials}
-    assert {v.estimator for v in sizes} == {"mixed_mode", KEEPING, "unrolled"}
+    assert {v.estimator for v in sizes} == WITH_REMAT.keys() | KEEPING.keys()
     assert all(v.remat != "nested" for v in sizes)  # more work than need be
     reverse, mixed = (sizes[cost.Variant(name, "none")] for name in ("unrolled", "mixed_mode"))
-    assert mixed < sizes[cost.Variant(KEEPING, "none")] < reverse
+    assert mixed < sizes[cost.Variant(*KEEPING, "none")] < reverse
     tight = cost.fastest(problem, 16, meta, episode, memory=mixed, folder=tmp_path)
     assert planned(tight.mg, meta, episode) <= mixed < planned_of(tight, "unrolled", "none")
     assert not tight_trial(tight, "unrolled", "none").seconds  # never run

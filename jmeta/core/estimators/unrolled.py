@@ -15,7 +15,7 @@ from jmeta.core.autodiff import GradTransform, mixed_mode_grad, reverse_grad, st
 from jmeta.core.checks import differentiating, losses_at_start, require_dependence
 from jmeta.core.inner import InnerLoop, InnerState, Objective, final, inner_loop, keys, start
 from jmeta.core.kept import Policy
-from jmeta.core.steps import Remat
+from jmeta.core.steps import Loop, Remat
 from jmeta.core.tree import global_norm, require_inexact
 from jmeta.core.types import Episode, Info, Key, MetaGradient, Problem, PyTree, Steps
 
@@ -28,6 +28,7 @@ def unrolled(
     persistent: bool = False,
     remat: Remat = "none",
     grad: GradTransform = reverse_grad,
+    loop: Loop = "scan",
 ) -> MetaGradient:
     r"""The exact meta-gradient, by reverse mode through every inner step: the reference.
 
@@ -42,6 +43,8 @@ def unrolled(
         remat: ``"none"``, ``"step"`` or ``"nested"``: what the backward pass recomputes; with
             ``"rounded"`` the gradient is no longer exact, see ``mixed_mode``.
         grad: how inner gradients are differentiated.
+        loop: ``"unroll"`` writes out every step: for few small steps less time, for more memory
+            and a compilation that grows with ``T``. Goes with ``remat="none"``.
 
     Returns:
         A ``MetaGradient``; its state is ``()``, or an ``InnerState`` when persistent.
@@ -60,7 +63,7 @@ def unrolled(
 
     Source: Finn et al., "Model-Agnostic Meta-Learning" (2017), equation 1.
     """
-    run = inner_loop(problem, steps, objective=objective, remat=remat, grad=grad)
+    run = inner_loop(problem, steps, objective=objective, remat=remat, grad=grad, loop=loop)
     return _estimator(problem, run, persistent)
 
 
@@ -71,6 +74,7 @@ def first_order(
     objective: Objective = final,
     persistent: bool = False,
     remat: Remat = "none",
+    loop: Loop = "scan",
 ) -> MetaGradient:
     r"""The first-order meta-gradient: inner gradients are constants, all else is differentiated.
 
@@ -86,6 +90,7 @@ def first_order(
         objective: where the outer loss is read.
         persistent: keep the inner state between estimates.
         remat: what the backward pass recomputes.
+        loop: ``"scan"`` or ``"unroll"``, see ``unrolled``.
 
     Returns:
         A ``MetaGradient``.
@@ -107,6 +112,7 @@ def first_order(
         persistent=persistent,
         remat=remat,
         grad=stopped_grad,
+        loop=loop,
     )
 
 
@@ -118,6 +124,7 @@ def mixed_mode(
     persistent: bool = False,
     remat: Remat = "none",
     keep: Policy | None = None,
+    loop: Loop = "scan",
 ) -> MetaGradient:
     r"""The exact meta-gradient, by forward mode over reverse mode: the same numbers for less.
 
@@ -136,6 +143,7 @@ def mixed_mode(
         keep: which values of every inner gradient are kept for the backward pass and not computed
             again, a policy of ``jax.checkpoint`` such as ``keep_products(512)``: faster for more
             memory, above all where few weights adapt. Goes with ``remat="none"``.
+        loop: ``"scan"`` or ``"unroll"``, see ``unrolled``. Goes with ``remat="none"``.
 
     Returns:
         A ``MetaGradient`` equal to ``unrolled``.
@@ -164,6 +172,7 @@ def mixed_mode(
         persistent=persistent,
         remat=remat,
         grad=functools.partial(mixed_mode_grad, keep=keep),
+        loop=loop,
     )
 
 
