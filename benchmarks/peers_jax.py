@@ -23,7 +23,8 @@ Loss = Callable[[PyTree, dict[str, Array]], Array]
 
 FIRST_ORDER = "jmeta, first order"  # for reference: all other rows are exact
 FAST, LEAN = "jmeta, fast", "jmeta, lean"  # mixed mode that keeps products, that keeps little
-JMETA = (FIRST_ORDER, "jmeta, mixed_mode", "jmeta, unrolled", FAST, LEAN)
+WRITTEN_OUT = "jmeta, unrolled, written out"  # without a scan, as by hand
+JMETA = (FIRST_ORDER, "jmeta, mixed_mode", "jmeta, unrolled", WRITTEN_OUT, FAST, LEAN)
 BY_HAND = ("JAX, grad of a loop", "JAX, grad of a scan", "optax's recipe")
 ROWS = (*JMETA, *BY_HAND)
 
@@ -87,6 +88,7 @@ def _by_jmeta(made: Given, row: str, loss: Loss, alone: bool) -> Callable[..., P
         FIRST_ORDER: lambda: jmeta.first_order(problem, made.steps),
         "jmeta, mixed_mode": lambda: jmeta.mixed_mode(problem, made.steps, remat="step"),
         "jmeta, unrolled": lambda: jmeta.unrolled(problem, made.steps),
+        WRITTEN_OUT: lambda: jmeta.unrolled(problem, made.steps, loop="unroll"),
         FAST: lambda: jmeta.mixed_mode(problem, made.steps, keep=jmeta.keep_products()),
         LEAN: lambda: jmeta.mixed_mode(problem, made.steps, remat="step"),
     }[row]()

@@ -101,7 +101,7 @@ def draw(
             f"Test accuracy after fine-tuning, with 95 % intervals over {config.seeds} seeds.",
             figures.adaptation_curves(
                 config.out / "accuracy", curves, "test accuracy", xlabel="labelled points",
-                title="Two Moons as text",
+                title="Two Moons as text", limits=(0.0, 1.0),
             ),
         )
     )  # fmt: skip

@@ -62,6 +62,7 @@ def adaptation_curves(
     *,
     xlabel: str = "inner steps on the support set",
     title: str | None = None,
+    limits: tuple[float, float] = (-np.inf, np.inf),
 ) -> tuple[Path, Path]:
     """Draw the query metric after 0, 1, 2, ... inner steps with interval bands.
 
@@ -75,6 +76,7 @@ def adaptation_curves(
       chance: Level of guessing, drawn as a grey line.
       xlabel: Label of the horizontal axis.
       title: Title, if any.
+      limits: What the metric cannot leave; an interval of few seeds is cut there.
 
     Returns:
       The paths of the PNG and the SVG.
@@ -85,6 +87,8 @@ def adaptation_curves(
     with style():
         figure, axes = canvas(7.0, 4.2)
         _draw(axes, curves, markers=True)
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, limits[0]), min(high, limits[1]))
         steps = sorted({int(s) for curve in curves.values() for s in np.atleast_1d(curve[0])})
         if len(steps) <= 12:
             axes.set_xticks(steps)

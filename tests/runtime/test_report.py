@@ -193,6 +193,19 @@ def test_adaptation_curves_label_every_line_without_overlap(tmp_path):
     assert sum("FillBetween" in band.get("id", "") for band in bands) == 5
 
 
+def test_an_interval_is_cut_where_the_metric_ends(tmp_path):
+    wide = {"three seeds": ([10, 160], [0.5, 0.9], [1.7, 0.4])}
+
+    def ticks(name, **limits):
+        _, svg = figures.adaptation_curves(tmp_path / name, wide, "accuracy", **limits)
+        words = [word.replace("\N{MINUS SIGN}", "-") for word, _, _ in texts(svg)]
+        return [float(word) for word in words if "." in word]
+
+    assert min(ticks("free")) < 0 < 1 < max(ticks("free"))
+    inside = ticks("cut", limits=(0.0, 1.0))
+    assert (min(inside), max(inside)) == (0, 1)
+
+
 def test_figures_are_the_same_bytes_each_time_and_undated(tmp_path):
     _, summary = results()
     draw = {
