@@ -31,8 +31,15 @@ PUBLISHED = {
 Found = dict[str, dict[str, Any]]
 
 
-def write(config: Any, data: Data, files: Sequence[Path]) -> None:
-    """Merge what the methods left into results.json, metrics.jsonl, figures and report.html."""
+def write(config: Any, data: Data, files: Sequence[Path], lost: Sequence[str] = ()) -> None:
+    """Merge what the methods left into results.json, metrics.jsonl, figures and report.html.
+
+    Args:
+        config: the experiment's configuration.
+        data: the data.
+        files: of the methods; those that are there count.
+        lost: what is to be said of methods that diverged.
+    """
     read = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
     found: Found = {each["method"]: each for each in read}
     write_metrics(config.out, {name: each["history"] for name, each in found.items()})
@@ -49,7 +56,7 @@ def write(config: Any, data: Data, files: Sequence[Path]) -> None:
         config,
         shown,
         draw(config, data, found, summary),
-        [without_a_network(summary), *_notes(config, found)],
+        [without_a_network(summary), *_notes(config, found), *lost],
     )
 
 

@@ -120,7 +120,7 @@ def pretrain(config: Any, data: Data, name: str, method: Method, folder: Path) -
             manager.close()
             raise Diverged(
                 f"{name}: a loss or a parameter is not finite at outer step "
-                f"{(at + 1) * config.chunk}; the newest checkpoint is in {folder}"
+                f"{(at + 1) * config.chunk}; what was saved before is in {folder}"
             )
         kept, numbers = look(kept._replace(states=states))
         spent = before + time.monotonic() - begun

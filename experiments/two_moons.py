@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NoReturn, TypeAlias
 
 import jax
 
@@ -291,6 +291,12 @@ def train(config: Config, data: data_of.Data) -> tuple[Tuner, list[str]]:
     return tune, lost
 
 
+def left_out(lost: Sequence[str]) -> NoReturn:
+    """End with what is to be said of methods that diverged, once the writer has written."""
+    distributed.barrier("left out")
+    sys.exit("\n".join(("Left out:", *lost)))
+
+
 def run(config: Config) -> None:
     """Pre-train, fine-tune, test, and write the run directory."""
     record(config, "methods", "devices")
@@ -301,9 +307,9 @@ def run(config: Config) -> None:
         tuned, seconds = tune([students, students])
         keep(config, NONE, tuned, None, seconds, "")
     if distributed.is_writer():
-        page.write(config, data, [file_of(config, name) for name in (*METHODS, NONE)])
+        page.write(config, data, [file_of(config, name) for name in (*METHODS, NONE)], lost)
     if lost:
-        sys.exit("\n".join(("Left out:", *lost)))
+        left_out(lost)
 
 
 def a_device_for_each_core() -> None:

@@ -150,15 +150,20 @@ def rows_of(name: str, kept: dict[str, Any], seeds: Sequence[int]) -> list[dict[
     return rows
 
 
-def write(config: Config) -> None:
-    """Merge what the variants left into results.json, figures and report.html."""
+def write(config: Config, lost: Sequence[str] = ()) -> None:
+    """Merge what the variants left into results.json, figures and report.html.
+
+    Args:
+        config: the experiment's configuration.
+        lost: what is to be said of variants that diverged.
+    """
     found: dict[str, dict[str, Any]] = {}
     for name, variant in VARIANTS.items():
         file = two_moons.file_in(folder_of(config, name), variant.method)
         if file.exists():
             found[name] = json.loads(file.read_text(encoding="utf-8"))
     if not found:
-        return  # the first one diverged
+        return  # all so far have diverged
     write_metrics(config.out, {name: each["history"] for name, each in found.items()})
     seeds = config.seed_list
     rows = [row for name, each in found.items() for row in rows_of(name, each, seeds)]
@@ -192,6 +197,7 @@ def write(config: Config) -> None:
     missing = [name for name in VARIANTS if name not in found]
     if missing:
         notes.append(f"Not in this run: {', '.join(missing)}.")
+    notes += lost
     said = (__doc__ or "").partition("\n")[0]
     report.write_report(
         config.out, "Why a teacher loses, or wins", said, config, summary, pictures, notes
@@ -211,9 +217,9 @@ def run(config: Config) -> None:
             data = data_of.load(given.validation_sequences, given.test_points)
             lost += [f"{name}: {said}" for said in two_moons.train(given, data)[1]]
         if distributed.is_writer():
-            write(config)
+            write(config, lost)
     if lost:
-        sys.exit("\n".join(("Left out:", *lost)))
+        two_moons.left_out(lost)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,7 +14,7 @@ import optax
 
 from jmeta.core.autodiff import GradTransform, is_mixed_mode, reverse_grad
 from jmeta.core.scaling import common_factor, scaled
-from jmeta.core.steps import Loop, Remat, scan_steps
+from jmeta.core.steps import Loop, Remat, require_loop, scan_steps
 from jmeta.core.types import Array, Episode, Key, LossFn, Problem, PyTree, Steps, no_encoding
 
 
@@ -285,8 +285,8 @@ def inner_loop(
         differentiable in ``meta``. ``state`` comes from ``start``.
 
     Raises:
-        ValueError: a negative number of steps; multi-step weights of another length; see also
-            ``step_batches``.
+        ValueError: a negative number of steps; multi-step weights of another length; a ``loop``
+            and a ``remat`` that do not go together; see also ``step_batches``.
 
     Example:
         >>> loss = lambda fast, meta, batch, key: ((fast - batch) ** 2, {})
@@ -297,6 +297,7 @@ def inner_loop(
         >>> float(state.fast), losses.tolist(), float(value)
         (1.0, [4.0], 1.0)
     """
+    require_loop(loop, remat)
     if steps < 0:
         raise ValueError(f"the number of inner steps is {steps}; it cannot be negative")
     if objective.name == "multi_step" and objective.weights.shape != (steps,):

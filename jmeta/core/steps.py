@@ -62,15 +62,7 @@ def scan_steps(
         >>> float(carry), ys.tolist()
         (6.0, [0.0, 0.0, 1.0, 3.0])
     """
-    if remat not in get_args(Remat):
-        raise ValueError(f"remat is {remat!r}; choose one of {', '.join(get_args(Remat))}")
-    if loop not in get_args(Loop):
-        raise ValueError(f"loop is {loop!r}; choose one of {', '.join(get_args(Loop))}")
-    if loop == "unroll" and remat != "none":
-        raise ValueError(
-            f'loop="unroll" keeps every step apart, and what remat={remat!r} computes again a '
-            'compiler would merge with what was there: choose remat="none" or loop="scan"'
-        )
+    require_loop(loop, remat)
     # Outside a loop, what nobody reads of the only step's cotangents is not computed: those of a
     # student that lives on, for one.
     if remat == "none" and (length == 1 or loop == "unroll"):
@@ -98,10 +90,35 @@ def scan_steps(
     return carry, jax.tree.map(lambda y, end: jnp.concatenate([y, end]), ys, last)
 
 
+def require_loop(loop: Loop, remat: Remat) -> None:
+    """Refuse a way to run a loop that there is not.
+
+    Raises:
+        ValueError: an unknown ``remat`` or ``loop``, or ``"unroll"`` with a ``remat``.
+
+    Example:
+        >>> require_loop("unroll", "nested")
+        Traceback (most recent call last):
+        ...
+        ValueError: loop="unroll" keeps every step apart, and what remat='nested' computes again ...
+    """
+    if remat not in get_args(Remat):
+        raise ValueError(f"remat is {remat!r}; choose one of {', '.join(get_args(Remat))}")
+    if loop not in get_args(Loop):
+        raise ValueError(f"loop is {loop!r}; choose one of {', '.join(get_args(Loop))}")
+    if loop == "unroll" and remat != "none":
+        raise ValueError(
+            f'loop="unroll" keeps every step apart, and what remat={remat!r} computes again a '
+            'compiler would merge with what was there: choose remat="none" or loop="scan"'
+        )
+
+
 def _unrolled(
     step: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]], carry: PyTree, xs: PyTree, length: int
 ) -> tuple[PyTree, PyTree]:
     """One step after the other."""
+    if found := {jnp.shape(x)[:1] for x in jax.tree.leaves(xs)} - {(length,)}:
+        raise ValueError(f"{length} steps need inputs [{length}, ...]; found leading axes {found}")
     # As a function of its own, as a scan's body is, a step takes numpy's arrays too.
     step, ys = jax.jit(step), []
     for i in range(length):

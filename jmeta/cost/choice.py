@@ -1,6 +1,7 @@
 """What ``jmeta.auto`` has chosen and why, and the file in which a choice is kept.
 
-A choice holds for a problem's traced computation, its shapes, the device and the version of jax.
+A choice holds for a problem's traced computation, its shapes, the device, the version of jax, and
+the estimators that it was made among.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Choice(NamedTuple):
         mg: it, as an estimator.
         trials: one for each variant that was compiled.
         usable: bytes it may use.
-        setting: what the choice holds for: steps, tasks, device, versions.
+        setting: what the choice holds for: steps, tasks, device, versions, estimators.
         file: where it is kept.
         remembered: whether it was read from there, and nothing was measured.
     """

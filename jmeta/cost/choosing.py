@@ -19,7 +19,16 @@ from jmeta.cost import topology as machines
 from jmeta.cost.choice import Choice, digest, in_words, keep, recall, setting_of, trace
 from jmeta.cost.measured import gradient_error, median
 from jmeta.cost.race import fastest_of, race
-from jmeta.cost.variants import Trial, Variant, build, compiled, describe, microbatches, variants
+from jmeta.cost.variants import (
+    REVERSE,
+    Trial,
+    Variant,
+    build,
+    compiled,
+    describe,
+    microbatches,
+    variants,
+)
 from jmeta.files import cache_dir
 
 
@@ -227,8 +236,9 @@ def _search(
         return variant in programs
 
     def seen(variant: Variant, answer: Any) -> None:
-        if variant.estimator not in gradients:
-            gradients[variant.estimator] = jax.device_get(answer[0])
+        kind = "reverse" if variant.estimator in REVERSE else "mixed"
+        if kind not in gradients:
+            gradients[kind] = jax.device_get(answer[0])
 
     best: Variant | None = None
     for microbatch in microbatches(asked.tasks):
@@ -262,13 +272,13 @@ def _search(
         return best, tried
     tried = [
         trial._replace(note="inexact here: a custom derivative is not symmetric")
-        if trial.variant.estimator != "unrolled"
+        if trial.variant.estimator not in REVERSE
         else trial
         for trial in tried
     ]
     left = {t.variant: list(t.seconds) for t in tried if t.seconds and not t.note}
     if not left:
-        reverse = [t for t in tried if t.variant.estimator == "unrolled"]
+        reverse = [t for t in tried if t.variant.estimator in REVERSE]
         raise DoesNotFitError(_nothing_fits(reverse, usable))
     return fastest_of(left, {v: trials[v].bytes for v in left}), tried
 
@@ -286,11 +296,11 @@ def _worth_it(variant: Variant, best: Variant, trials: dict[Variant, Trial]) -> 
 def _same(gradients: dict[str, PyTree], asked: _Asked, values: Any, text: str) -> bool:
     """Whether mixed mode and reverse mode differentiate this problem alike."""
     meta, episode, key = values
-    if "mixed_mode" not in gradients:
+    if "mixed" not in gradients:
         return True
     tolerance = _tolerance(meta, text)
-    if "unrolled" in gradients:
-        gap = gradient_error(gradients["mixed_mode"], gradients["unrolled"])
+    if "reverse" in gradients:
+        gap = gradient_error(gradients["mixed"], gradients["reverse"])
         if gap <= tolerance:
             return True
     elif "custom_vjp_call" not in text:

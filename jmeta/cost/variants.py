@@ -32,7 +32,8 @@ WRITTEN_OUT = {
     for name, make in WITH_REMAT.items()
 }
 ESTIMATORS = WITH_REMAT | KEEPING | WRITTEN_OUT
-LONGEST = 8  # inner steps to write out: compilation takes as many times as long
+REVERSE = ("unrolled", "unrolled, written out")  # the others differentiate a gradient forwards
+MOST_STEPS = 8  # that are written out: compilation takes as many times as long
 MICROBATCHES = 4  # how many sizes of a microbatch are tried at most
 
 
@@ -101,7 +102,7 @@ def variants(steps: int, microbatch: int | None = None) -> list[Variant]:
     remats: tuple[Remat, ...] = ("none",)
     if steps > 0:
         remats = ("none", "step", "nested") if steps >= 4 else ("none", "step")
-    plain = WITH_REMAT | KEEPING | (WRITTEN_OUT if 2 <= steps <= LONGEST else {})
+    plain = WITH_REMAT | KEEPING | (WRITTEN_OUT if 2 <= steps <= MOST_STEPS else {})
     return [
         Variant(name, remat, microbatch)
         for remat in remats

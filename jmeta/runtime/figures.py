@@ -87,13 +87,13 @@ def adaptation_curves(
     with style():
         figure, axes = canvas(7.0, 4.2)
         _draw(axes, curves, markers=True)
-        low, high = axes.get_ylim()
-        axes.set_ylim(max(low, limits[0]), min(high, limits[1]))
         steps = sorted({int(s) for curve in curves.values() for s in np.atleast_1d(curve[0])})
         if len(steps) <= 12:
             axes.set_xticks(steps)
         if chance is not None:
             _level(axes, chance, "chance", color="#8a8a8a", linestyle=(0, (4, 3)), linewidth=1.2)
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, limits[0]), min(high, limits[1]))
         return _finish(figure, axes, path, xlabel, ylabel, title)
 
 

@@ -326,11 +326,11 @@ def test_first_order_keeps_weight_decay():
     assert relative_error(grads, expected) < 1e-10
 
 
-@pytest.mark.parametrize("make", [jmeta.unrolled, jmeta.mixed_mode, jmeta.forward])
-def test_persistent_unrolls_continue_where_they_stopped(make):
+@pytest.mark.parametrize("name", [*WITH_REMAT, "mixed_mode, written out", "forward"])
+def test_persistent_unrolls_continue_where_they_stopped(name):
     q = quadratic(seed=12)
     problem = learned_target(q)
-    mg = make(problem, 2, persistent=True)
+    mg = EXACT[name](problem, 2, persistent=True)
     state = mg.init(q.meta, None)
     for part in range(3):
         begin = state.fast

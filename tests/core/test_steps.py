@@ -43,6 +43,8 @@ def test_a_scan_without_inputs_and_what_is_refused():
     assert float(scan_steps(count_up, 1.0, None, 7, loop="unroll")[0]) == 1.5**7
     with pytest.raises(ValueError, match="loop is 'while'; choose one of scan, unroll"):
         scan_steps(count_up, 1.0, None, 7, loop="while")
+    with pytest.raises(ValueError, match=r"7 steps need inputs \[7, ...\]"):
+        scan_steps(count_up, 1.0, jnp.ones(6), 7, loop="unroll")
     with pytest.raises(ValueError, match="what remat='step' computes again a compiler would merge"):
         scan_steps(count_up, 1.0, None, 7, "step", loop="unroll")
     with pytest.raises(ValueError, match="remat is 'block'; choose one of none, step, nested"):

@@ -43,8 +43,9 @@ def unrolled(
         remat: ``"none"``, ``"step"`` or ``"nested"``: what the backward pass recomputes; with
             ``"rounded"`` the gradient is no longer exact, see ``mixed_mode``.
         grad: how inner gradients are differentiated.
-        loop: ``"unroll"`` writes out every step: for few small steps less time, for more memory
-            and a compilation that grows with ``T``. Goes with ``remat="none"``.
+        loop: ``"unroll"`` writes out every step, so that nothing is stacked and sliced: for few
+            steps less time and memory, for a compilation that grows with ``T``. Goes with
+            ``remat="none"``.
 
     Returns:
         A ``MetaGradient``; its state is ``()``, or an ``InnerState`` when persistent.
@@ -143,13 +144,15 @@ def mixed_mode(
         keep: which values of every inner gradient are kept for the backward pass and not computed
             again, a policy of ``jax.checkpoint`` such as ``keep_products(512)``: faster for more
             memory, above all where few weights adapt. Goes with ``remat="none"``.
-        loop: ``"scan"`` or ``"unroll"``, see ``unrolled``. Goes with ``remat="none"``.
+        loop: ``"scan"``, or ``"unroll"``, see ``unrolled``; a compiler then merges what a step
+            computes again with what was there, which costs memory. Goes with ``remat="none"``.
 
     Returns:
         A ``MetaGradient`` equal to ``unrolled``.
 
     Raises:
-        ValueError: ``keep`` with a ``remat`` that computes again what was kept.
+        ValueError: ``keep`` or ``loop="unroll"`` with a ``remat`` that computes again what they
+            keep.
 
     Example:
         >>> import optax
