@@ -259,6 +259,8 @@ def test_every_exact_estimator_agrees_with_central_differences(optimizer, keyed,
     reference = grads_of(jmeta.unrolled(problem, 4), meta, episode, key)
     assert relative_error(reference, central_differences(value, meta)) < 1e-7
     for name, make in EXACT.items():
+        if name.endswith("written out") and optimizer != "sgd":
+            continue  # the same steps, which take long to compile
         for remat in [{"remat": each} for each in remats] if name in WITH_REMAT else [{}]:
             if (name, remat) == ("unrolled", {"remat": "none"}):
                 continue  # the reference itself
