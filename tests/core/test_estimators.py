@@ -245,7 +245,7 @@ def standard_promotion():
     [
         ("sgd", False, ["none"]),
         ("momentum", True, ["nested"]),
-        ("adam", True, ["none", "step", "nested"]),
+        ("adam", True, ["step", "nested"]),
         ("clipped", False, ["step"]),
     ],
 )
@@ -268,7 +268,9 @@ def test_every_exact_estimator_agrees_with_central_differences(optimizer, keyed,
             assert relative_error(grads, reference) < 1e-10, (name, remat)
 
 
-@pytest.mark.parametrize("objective", ["final", "multi", "online"])
+@pytest.mark.parametrize(
+    "objective", ["final", pytest.param("multi", marks=pytest.mark.slow), "online"]
+)
 def test_mixed_mode_equals_reverse_under_jit_vmap_and_steps(objective):
     problem, meta, _ = network_problem(optax.sgd)
     chosen = {

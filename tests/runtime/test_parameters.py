@@ -23,7 +23,11 @@ arrays = st.sampled_from(DTYPES).flatmap(
     ).map(lambda array: array.astype(dtype))
 )
 names = st.text("abc.é", min_size=1, max_size=3)
-trees = st.dictionaries(names, st.recursive(arrays, lambda leaf: st.dictionaries(names, leaf)))
+trees = st.dictionaries(
+    names,
+    st.recursive(arrays, lambda leaf: st.dictionaries(names, leaf, max_size=3), max_leaves=6),
+    max_size=4,
+)
 
 
 @hypothesis.settings(max_examples=25, deadline=None)
