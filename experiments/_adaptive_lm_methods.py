@@ -21,6 +21,7 @@ from jmeta.methods.dynamic_evaluation import (
 )
 from jmeta.methods.fast_weights import FastWeights
 from jmeta.models import cached, decoding, gpt2, nplm, transformer
+from jmeta.models.context_keys import hidden_and_keys
 from jmeta.models.pretrained import from_pretrained
 
 Losses: TypeAlias = Callable[[PyTree, PyTree], Array]
@@ -28,9 +29,9 @@ Losses: TypeAlias = Callable[[PyTree, PyTree], Array]
 STATIC = "static"
 SGD, RMS, META = (f"{kind} dynamic evaluation" for kind in ("SGD", "RMS", "meta-trained"))
 BLOCK, FIRST, EXACT = "FWL slow block", "FWL first order", "FWL exact"
-HSO, KNN, NGRAM = "HSO", "kNN-LM", "Transformer-N"
-METHODS = (STATIC, SGD, RMS, META, BLOCK, FIRST, EXACT, HSO, KNN, NGRAM)
-TRAINED = (STATIC, META, BLOCK, FIRST, EXACT)  # further, from the shared decoder
+HSO, KNN, SHORT, NGRAM = "HSO", "kNN-LM", "kNN-LM with short keys", "Transformer-N"
+METHODS = (STATIC, SGD, RMS, META, BLOCK, FIRST, EXACT, HSO, KNN, SHORT, NGRAM)
+TRAINED = (STATIC, META, BLOCK, FIRST, EXACT, SHORT)  # further, from the shared decoder
 UNIGRAM = "unigram"
 SPEED = 10.0  # of learned rates against weights, under one Adam
 
@@ -42,18 +43,20 @@ class Body(NamedTuple):
         config: its shape.
         init: ``key -> params``; a checkpoint's whatever the key.
         states: ``(params, tokens [batch, time]) -> [batch, time, width]``.
+        keys: the same states and, of the same shape, the keys under which contexts are stored.
     """
 
     config: Any
     init: Callable[[Array], PyTree]
     states: Callable[[PyTree, Array], Array]
+    keys: Callable[[PyTree, Array], tuple[Array, Array]]
 
 
 def make_body(config: Any, vocab: int) -> Body:
     """The decoder of an experiment: a small one, or a GPT-2 checkpoint.
 
     Raises:
-        ValueError: the checkpoint is no GPT-2, or too short.
+        ValueError: the checkpoint is no GPT-2, too short, or of fewer tokens than its tokeniser.
     """
     if config.model == "decoder":
         shape = transformer.TransformerConfig(
@@ -64,15 +67,22 @@ def make_body(config: Any, vocab: int) -> Body:
             shape,
             lambda key: transformer.init(shape, key),
             lambda params, tokens: transformer.hidden(shape, params, tokens),
+            lambda params, tokens: hidden_and_keys(shape, params, tokens),
         )
     found = from_pretrained(config.model, head="causal_lm")
     read = found.config
     if not isinstance(read, gpt2.GPT2Config) or read.max_len < config.length:
         raise ValueError(f"{config.model} is no GPT-2 with {config.length} positions")
+    if read.vocab < vocab:
+        raise ValueError(
+            f"the tokeniser of {config.model} has {vocab} tokens and its embedding {read.vocab}: "
+            "they are of different models"
+        )
     return Body(
         read,
         lambda key: found.params,
         lambda params, tokens: gpt2.hidden(read, params, {"tokens": tokens}),
+        lambda params, tokens: hidden_and_keys(read, params, tokens),
     )
 
 
@@ -193,26 +203,49 @@ def hso(body: Body, segment: int) -> Losses:
     return losses
 
 
+def looked_up(body: Body, k: int) -> Callable[[PyTree, Any, Any], tuple[Array, Any, Array]]:
+    """What kNN-LM mixes: log-likelihoods of all labels, and the neighbours of their contexts."""
+
+    def find(params: PyTree, store: Any, rows: Any) -> tuple[Array, Any, Array]:
+        inputs, labels, _ = cut(rows)
+        states, keys = body.keys(params, inputs)
+        model = -fast_weights.token_losses(states, table_of(params), labels).reshape(-1)
+        queries = keys.reshape(-1, keys.shape[-1])
+        return model, knn_lm.nearest(store, queries, min(k, store.values.shape[0])), labels
+
+    return find
+
+
 def neighbours(body: Body, k: int) -> Losses:
-    """kNN-LM on final states; ``{"params", "store", "weight", "temperature"}``."""
+    """kNN-LM; ``{"params", "store", "weight", "temperature"}``."""
+    find = looked_up(body, k)
 
     def losses(meta: PyTree, rows: Any) -> Array:
-        inputs, labels, _ = cut(rows)
-        states, table = body.states(meta["params"], inputs), table_of(meta["params"])
-        model = -fast_weights.token_losses(states, table, labels).reshape(-1)
-        queries = states.reshape(-1, states.shape[-1])
-        found = knn_lm.nearest(meta["store"], queries, min(k, meta["store"].values.shape[0]))
-        return -blended(meta, model, found, labels).reshape(labels.shape)
+        return blended(meta, *find(meta["params"], meta["store"], rows))
 
     return losses
 
 
+def with_short_keys(body: Body, coefficient: float) -> Any:
+    """A training loss for kNN-LM: that of the decoder, and a penalty on the length of its keys."""
+
+    def loss(params: PyTree, rows: Any, key: Key) -> tuple[Array, dict[str, Array]]:
+        inputs, labels, weights = cut(rows)
+        states, keys = body.keys(params, inputs)
+        each = fast_weights.token_losses(states, table_of(params), labels)
+        penalty = knn_lm.activation_penalty(keys, weights, coefficient=coefficient)
+        return (each * weights).sum() / weights.sum() + penalty, {"penalty": penalty}
+
+    return loss
+
+
 def blended(meta: PyTree, model: Array, found: Any, labels: Array) -> Array:
-    """Log-likelihoods of model and neighbours together, at a weight that may be traced."""
+    """Losses of model and neighbours together, at a weight that may be traced."""
     scaled = found._replace(distances=found.distances / meta["temperature"])
     near = knn_lm.knn_log_likelihood(scaled, labels.reshape(-1), 1.0)
     weight = meta["weight"]
-    return jnp.logaddexp(model + jnp.log1p(-weight), near + jnp.log(weight))
+    mixed = jnp.logaddexp(model + jnp.log1p(-weight), near + jnp.log(weight))
+    return -mixed.reshape(labels.shape)
 
 
 def n_gram(config: Any, vocab: int) -> tuple[Callable[[Array], PyTree], Losses]:

@@ -23,6 +23,7 @@ from jmeta.runtime import figures, report
 from jmeta.runtime.statistics import mean_ci, summarise
 
 PERPLEXITY, BY_DOCUMENT = "perplexity", "nats per token, mean of a document"
+OF_DOCUMENTS = "perplexity, geometric mean of documents"
 COST, MEMORY = "cost per token, static = 1", "temporary memory, MiB"
 _BUCKETS = 8  # of positions and of frequencies
 
@@ -76,6 +77,7 @@ def write(config: Any, data: Data, file_of: Callable[[str, int], Path]) -> None:
     rows = rows_of(names, config.seed_list, found, data.test)
     rows += json.loads(costs_file(config).read_text(encoding="utf-8"))
     summary = summarise(rows, baseline=STATIC)
+    summary += of_documents(summary)
     histories = {}
     for folder in sorted((config.out / "trained").iterdir()):
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -118,6 +120,21 @@ def rows_of(
     return rows
 
 
+def of_documents(summary: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Perplexities with intervals over documents: the exponential of their mean loss.
+
+    Its interval is that of the mean loss times the perplexity (the delta method).
+    """
+    made = []
+    for row in summary:
+        if row["metric"] == BY_DOCUMENT:
+            value = float(np.exp(row["mean"]))
+            half = None if row["ci95"] is None else value * row["ci95"]
+            nothing = {"baseline": None, "paired_difference": None, "paired_ci95": None}
+            made.append({**row, "metric": OF_DOCUMENTS, "mean": value, "ci95": half, **nothing})
+    return made
+
+
 def draw(
     config: Any, data: Data, names: list[str], found: dict[Any, np.ndarray]
 ) -> list[tuple[str, tuple[Path, Path]]]:
@@ -149,19 +166,18 @@ def draw(
         for name in names:
             if name in (STATIC, UNIGRAM):
                 continue
-            gaps = [
-                mean_ci([
-                    float((found[name, seed] - found[STATIC, seed])[weights & (groups == g)].mean())
-                    for seed in config.seed_list
-                ])
-                for g in at
-            ]  # fmt: skip
-            half = None if config.seeds == 1 else [gap.half_width or 0.0 for gap in gaps]
-            curves[name] = (list(at.values()), [gap.mean for gap in gaps], half)
+            gap = np.mean([found[name, s] - found[STATIC, s] for s in config.seed_list], axis=0)
+            gaps = [mean_ci(by_document(gap, weights & (groups == g))) for g in at]
+            half = [each.half_width or 0.0 for each in gaps]
+            curves[name] = (list(at.values()), [each.mean for each in gaps], half)
         path = figures.learning_curves(
             config.out / stem, curves, xlabel=xlabel, ylabel="nats per token, less static's"
         )
-        made.append((f"Loss against the static model {caption}; below zero is better.", path))
+        made.append((
+            f"Loss against the static model {caption}; below zero is better. Means over documents "
+            "that have such tokens, and over seeds; the bands are 95 % intervals over documents.",
+            path,
+        ))  # fmt: skip
     known = [name for name in names if name != UNIGRAM]  # whose distance would hide the others'
     rows = [
         r for r in rows_of(known, config.seed_list, found, data.test) if r["metric"] == PERPLEXITY
@@ -169,6 +185,13 @@ def draw(
     path = figures.forest(config.out / "differences", summarise(rows, baseline=STATIC), PERPLEXITY)
     made.append(("Perplexity against the static model, paired by seed.", path))
     return made
+
+
+def by_document(values: np.ndarray, taken: np.ndarray) -> list[float]:
+    """The mean of what is taken of each document, of those that have any."""
+    counts = taken.sum(1)
+    sums = np.where(taken, values, 0).sum(1)
+    return [float(total / n) for total, n in zip(sums, counts, strict=True) if n]
 
 
 def notes(config: Any, summary: list[dict[str, Any]]) -> list[str]:
@@ -180,7 +203,10 @@ def notes(config: Any, summary: list[dict[str, Any]]) -> list[str]:
         "batches, all weights included; static is that continuation too. The others read with "
         "static's weights. Transformer-N was trained from scratch for as many steps as both.",
         f"Rates of {SGD}, {RMS}, HSO and the settings of kNN-LM were chosen on validation "
-        "documents; those of fast weights and of meta-trained dynamic evaluation were learned.",
+        "documents; those of fast weights and of meta-trained dynamic evaluation were learned. The "
+        "keys of kNN-LM are the inputs of the last feed-forward layer.",
+        "Perplexity has its intervals over seeds; the geometric mean of documents' perplexities, "
+        "over documents.",
         "Costs are medians of interleaved runs on four documents at once, in this process.",
     ]
     dynamic = [name for name in (SGD, RMS) if (name, PERPLEXITY) in value]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +33,19 @@ KNN_TEMPERATURES = (1.0, 3.0, 10.0, 30.0)
 TIMED, REPEATS = 4, 5
 
 
+def batches(rows: Rows, size: int) -> list[Rows]:
+    """Documents, so many at a time; the last ones are filled up with the first."""
+    filled = Rows(*(np.concatenate([x, np.repeat(x[:1], -len(x) % size, 0)]) for x in rows))
+    return [
+        Rows(*(x[first : first + size] for x in filled))
+        for first in range(0, len(filled.tokens), size)
+    ]
+
+
 def in_batches(losses: Losses, params: PyTree, rows: Rows, batch: int) -> np.ndarray:
     """Losses of all documents, a few at a time, ``[documents, length]``."""
-    count = len(rows.tokens)
-    filled = Rows(*(np.concatenate([x, np.repeat(x[:1], -count % batch, 0)]) for x in rows))
-    parts = [
-        np.asarray(losses(params, Rows(*(x[first : first + batch] for x in filled))))
-        for first in range(0, count, batch)
-    ]
-    return np.concatenate(parts)[:count]
+    parts = [np.asarray(losses(params, part)) for part in batches(rows, batch)]
+    return np.concatenate(parts)[: len(rows.tokens)]
 
 
 def mean_loss(each: np.ndarray, rows: Rows) -> float:
@@ -52,11 +56,11 @@ def mean_loss(each: np.ndarray, rows: Rows) -> float:
 
 
 def chosen(
-    losses: Losses, options: Iterable[PyTree], rows: Rows, batch: int
+    scored: Callable[[PyTree], np.ndarray], options: Iterable[PyTree], rows: Rows
 ) -> tuple[PyTree, float]:
     """The option with the least validation loss, and that loss."""
-    scored = [(mean_loss(in_batches(losses, each, rows, batch), rows), each) for each in options]
-    best, option = min(scored, key=lambda pair: pair[0])
+    found = [(mean_loss(scored(each), rows), each) for each in options]
+    best, option = min(found, key=lambda pair: pair[0])
     return option, best
 
 
@@ -66,14 +70,17 @@ def tune_dynamic(
     """Rate and decay of dynamic evaluation: the rate without a decay first, then the decay."""
     rates = SGD_RATES if statistics is None else RMS_RATES
     extra = {"start": start} if statistics is None else {"start": start, "statistics": statistics}
+    rows = data.validation
 
     def option(rate: float, decay: float) -> PyTree:
         return {**extra, "rate": jnp.float32(rate), "decay": jnp.float32(decay)}
 
-    rows, size = data.validation, config.score_batch
-    best, _ = chosen(losses, (option(rate, DECAYS[0]) for rate in rates), rows, size)
+    def scored(each: PyTree) -> np.ndarray:
+        return in_batches(losses, each, rows, config.score_batch)
+
+    best, _ = chosen(scored, (option(rate, DECAYS[0]) for rate in rates), rows)
     rate = float(best["rate"])
-    best, loss = chosen(losses, (option(rate, decay) for decay in DECAYS), rows, size)
+    best, loss = chosen(scored, (option(rate, decay) for decay in DECAYS), rows)
     return best, {"rate": rate, "decay": float(best["decay"]), "validation": loss}
 
 
@@ -87,22 +94,25 @@ def statistics_of(body: Body, params: PyTree, data: Data, config: Any, seed: int
 
 def tune_hso(losses: Losses, params: PyTree, data: Data, config: Any) -> Any:
     """Adam's rate of hidden-state optimisation."""
+    rows = data.validation
     options = ({"params": params, "rate": jnp.float32(rate)} for rate in HSO_RATES)
-    best, loss = chosen(losses, options, data.validation, config.score_batch)
+    best, loss = chosen(
+        lambda each: in_batches(losses, each, rows, config.score_batch), options, rows
+    )
     return best, {"rate": float(best["rate"]), "validation": loss}
 
 
 def tune_knn(
-    losses: Losses, body: Body, params: PyTree, data: Data, config: Any, seed: int
+    body: Body, params: PyTree, data: Data, config: Any, seed: int
 ) -> tuple[PyTree, dict[str, float]]:
     """Weight and temperature of kNN-LM, with a datastore of training text."""
     sample = sampler(data, config.length, config.score_batch)
-    states = jax.jit(body.states)
+    keys_of = jax.jit(lambda params, tokens: body.keys(params, tokens)[1])
     keys, values, entries, step = [], [], 0, 0
     while entries < config.datastore:
         rows = sample(seed, 2 * 10**6 + step)
         kept = rows.mask[:, 1:] > 0
-        keys.append(np.asarray(states(params, rows.tokens[:, :-1]))[kept])
+        keys.append(np.asarray(keys_of(params, rows.tokens[:, :-1]))[kept])
         values.append(rows.tokens[:, 1:][kept])
         entries, step = entries + int(kept.sum()), step + 1
     found = np.concatenate(keys)[: config.datastore], np.concatenate(values)[: config.datastore]
@@ -115,8 +125,17 @@ def tune_knn(
          "temperature": jnp.float32(scale * heat)}
         for weight, heat in itertools.product(KNN_WEIGHTS, KNN_TEMPERATURES)
     )  # fmt: skip
-    few = Rows(*(x[: config.score_batch] for x in data.validation))
-    best, loss = chosen(losses, options, few, config.score_batch)
+    # The search is the same for all options.
+    find = jax.jit(methods_of.looked_up(body, config.neighbours))
+    parts = [find(params, store, part) for part in batches(data.validation, config.score_batch)]
+    blend = jax.jit(methods_of.blended)
+
+    def scored(option: PyTree) -> np.ndarray:
+        mixed = {name: option[name] for name in ("weight", "temperature")}
+        each = np.concatenate([np.asarray(blend(mixed, *part)) for part in parts])
+        return each[: len(data.validation.tokens)]
+
+    best, loss = chosen(scored, options, data.validation)
     kept = {name: float(best[name]) for name in ("weight", "temperature")}
     return best, {**kept, "validation": loss}
 

@@ -18,7 +18,7 @@ from jmeta.tasks.questions import Question
 from jmeta.tasks.tokenizer import Vocabulary, token_ids, token_pieces, vocabulary
 
 PARTS = ("base", "meta", "validation", "test")
-RULES = ("tf-idf", "salient spans", "the answer alone")
+RULES = ("tf-idf", "tf-idf with a threshold", "salient spans", "the answer alone")
 
 
 class Part(NamedTuple):
@@ -136,8 +136,11 @@ def _encode(config: Any, words: Vocabulary, fitted: Any, asked: Sequence[Questio
         count = len(piece.ids[cut])
         documents[i, :count] = piece.ids[cut]
         salient = word_weights.salient(question.context, piece)
-        weights = word_weights.tf_idf(question.context, piece, fitted, drop=config.drop)
-        by_rule = zip(RULES, (weights, salient, held), strict=True)
+        weights, above = (
+            word_weights.tf_idf(question.context, piece, fitted, drop=drop)
+            for drop in (0.0, config.drop)
+        )
+        by_rule = zip(RULES, (weights, above, salient, held), strict=True)
         for name, each in by_rule:
             rules[name][i, :count] = each[cut]
         kinds[i, :count] = np.where(held > 0, 3, np.where(salient > 0, 2, 1))[cut]

@@ -33,7 +33,9 @@ from experiments._adaptive_lm_methods import (
     NGRAM,
     RMS,
     SGD,
+    SHORT,
     STATIC,
+    TRAINED,
     Body,
     Losses,
 )
@@ -91,6 +93,8 @@ class Config(configuration.RunConfig):
     """Entries that kNN-LM looks up."""
     datastore: int = 40_000
     """Entries of its datastore, of training text."""
+    key_penalty: float = 1e-3
+    """Weight of the squared length of kNN-LM's keys in the training of "short keys"."""
     statistics_batches: int = 50
     """Training batches whose gradients give RMS its sizes."""
     validation_documents: int = 16
@@ -107,6 +111,16 @@ class Config(configuration.RunConfig):
             raise ValueError(f"all are compared with {STATIC!r}: add it to methods")
         if len(self.methods) < 2:
             raise ValueError(f"{STATIC!r} alone is compared with nothing: name another method")
+        for name in ("length", "batch", "neighbours", "datastore", "statistics_batches",
+                     "validation_documents", "test_documents", "score_batch", "inner_rate",
+                     "reference"):  # fmt: skip
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: choose more than 0")
+        if self.model != BASE and NGRAM in self.methods:
+            others = ",".join(name for name in self.methods if name != NGRAM)
+            raise ValueError(
+                f"{NGRAM} is no way to read {self.model}: leave it out, --methods {others!r}"
+            )
         if self.corpus not in ("embedded", "wikitext2"):
             raise ValueError(f"corpus={self.corpus!r}: choose embedded or wikitext2")
         if NGRAM in self.methods and self.layers < 2:
@@ -138,11 +152,11 @@ PRESETS = {
 
 
 def train(
-    config: Config, data: Data, name: str, losses: Losses, start: PyTree, seed: int, steps: int,
+    config: Config, data: Data, name: str, loss: Any, start: PyTree, seed: int, steps: int,
     first: int,
 ) -> PyTree:  # fmt: skip
     """Train from a start on the batches ``first``, ``first + 1``, ... of a seed."""
-    problem = learned_start(methods_of.mean(losses), optax.sgd(0.0))
+    problem = learned_start(loss, optax.sgd(0.0))
     warm = max(steps // 20, 1)
     schedule = optax.warmup_cosine_decay_schedule(0.0, config.rate, warm, steps, config.rate / 10)
     outer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
@@ -163,9 +177,28 @@ def train(
     return done.meta
 
 
-def learners(config: Config, body: Body, vocab: int) -> dict[str, Any]:
-    """For each method that is trained: its losses, and its start from the shared decoder."""
+def readers(config: Config, body: Body, vocab: int) -> dict[str, Losses]:
+    """How each method reads documents."""
     exact = FastWeights(reference=config.reference)
+    near = methods_of.neighbours(body, config.neighbours)
+    return {
+        STATIC: methods_of.static(body),
+        SGD: methods_of.dynamic(body, methods_of.sgd, config.segment),
+        RMS: methods_of.dynamic(body, methods_of.rms, config.segment),
+        META: methods_of.dynamic(body, methods_of.learned, config.segment),
+        BLOCK: methods_of.with_block(body, None),
+        FIRST: methods_of.with_block(body, exact._replace(first_order=True)),
+        EXACT: methods_of.with_block(body, exact),
+        HSO: methods_of.hso(body, config.segment),
+        KNN: near,
+        SHORT: near,
+        NGRAM: methods_of.n_gram(config, vocab)[1],
+    }
+
+
+def learners(config: Config, body: Body, vocab: int) -> dict[str, Any]:
+    """For each method that is trained: its training loss, and its start from the shared decoder."""
+    reading = readers(config, body, vocab)
 
     def block(base: PyTree, seed: int) -> PyTree:
         width = body.config.width
@@ -179,13 +212,11 @@ def learners(config: Config, body: Body, vocab: int) -> dict[str, Any]:
         start = jnp.log(jnp.float32(config.inner_rate)) / methods_of.SPEED
         return {"start": base, "rates": jax.tree.map(lambda _: start, base)}
 
-    return {
-        STATIC: (methods_of.static(body), lambda base, seed: base),
-        META: (methods_of.dynamic(body, methods_of.learned, config.segment), rates),
-        BLOCK: (methods_of.with_block(body, None), block),
-        FIRST: (methods_of.with_block(body, exact._replace(first_order=True)), block),
-        EXACT: (methods_of.with_block(body, exact), block),
-    }
+    begins = {META: rates, BLOCK: block, FIRST: block, EXACT: block}
+    same = lambda base, seed: base  # noqa: E731
+    losses = {name: methods_of.mean(reading[name]) for name in TRAINED if name != SHORT}
+    losses[SHORT] = methods_of.with_short_keys(body, config.key_penalty)
+    return {name: (loss, begins.get(name, same)) for name, loss in losses.items()}
 
 
 def file_of(config: Config, name: str, seed: int) -> Path:
@@ -202,16 +233,18 @@ def score_seed(config: Config, data: Data, body: Body, made: dict[str, Losses], 
         start = body.init(jax.random.key(seed))
         if config.model != BASE or not config.base_steps:
             return start
-        losses = methods_of.static(body)
-        return train(config, data, BASE, losses, start, seed, config.base_steps, 0)
+        loss = methods_of.mean(methods_of.static(body))
+        return train(config, data, BASE, loss, start, seed, config.base_steps, 0)
 
     @functools.cache
     def trained(name: str) -> PyTree:
-        losses, begin = learning[name]
+        loss, begin = learning[name]
         start = begin(base(), seed)
-        return train(config, data, name, losses, start, seed, config.extra_steps, config.base_steps)
+        return train(config, data, name, loss, start, seed, config.extra_steps, config.base_steps)
 
     def prepared(name: str) -> tuple[PyTree, dict[str, Any]]:
+        if name == SHORT:
+            return scoring.tune_knn(body, trained(SHORT), data, config, seed)
         static = trained(STATIC)
         if name in learning:
             return trained(name), page.learned_settings(name, trained(name))
@@ -223,11 +256,11 @@ def score_seed(config: Config, data: Data, body: Body, made: dict[str, Losses], 
         if name == HSO:
             return scoring.tune_hso(made[name], static, data, config)
         if name == KNN:
-            return scoring.tune_knn(made[name], body, static, data, config, seed)
+            return scoring.tune_knn(body, static, data, config, seed)
         init, losses = methods_of.n_gram(config, data.vocab)
         steps = config.base_steps + config.extra_steps
         start = init(jax.random.key(seed))
-        return train(config, data, NGRAM, losses, start, seed, steps, 0), {}
+        return train(config, data, NGRAM, methods_of.mean(losses), start, seed, steps, 0), {}
 
     for name in config.methods:
         file = file_of(config, name, seed)
@@ -245,13 +278,13 @@ def time_all(config: Config, data: Data, body: Body, made: dict[str, Losses]) ->
     if page.timed(config) == set(config.methods):
         return
     start, learning = body.init(jax.random.key(0)), learners(config, body, data.vocab)
-    trained = {name: begin(start, 0) for name, (_, begin) in learning.items()}
+    trained = {name: begin(start, 0) for name, (_, begin) in learning.items() if name != SHORT}
     trained[NGRAM] = methods_of.n_gram(config, data.vocab)[0](jax.random.key(0))
-    readers = {
+    reading = {
         name: (made[name], scoring.untuned(config, body, name, start, trained.get(name)))
         for name in config.methods
     }
-    page.keep_costs(config, scoring.costs(readers, data))
+    page.keep_costs(config, scoring.costs(reading, data))
 
 
 def run(config: Config) -> None:
@@ -262,16 +295,7 @@ def run(config: Config) -> None:
         body = methods_of.make_body(config, data.vocab)
     except (DataUnavailable, FileNotFoundError, ValueError) as error:
         sys.exit(str(error))
-    made: dict[str, Losses] = {
-        name: jax.jit(losses) for name, (losses, _) in learners(config, body, data.vocab).items()
-    }
-    made |= {
-        SGD: jax.jit(methods_of.dynamic(body, methods_of.sgd, config.segment)),
-        RMS: jax.jit(methods_of.dynamic(body, methods_of.rms, config.segment)),
-        HSO: jax.jit(methods_of.hso(body, config.segment)),
-        KNN: jax.jit(methods_of.neighbours(body, config.neighbours)),
-        NGRAM: jax.jit(methods_of.n_gram(config, data.vocab)[1]),
-    }
+    made = {name: jax.jit(losses) for name, losses in readers(config, body, data.vocab).items()}
     for seed in config.seed_list:
         score_seed(config, data, body, made, seed)
     if distributed.is_writer():

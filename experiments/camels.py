@@ -71,14 +71,15 @@ class Config(configuration.RunConfig):
     """Weight of the divergence there."""
     inner_lr: float = 0.1
     """Rate of the inner SGD while weights are learned."""
-    rates: tuple[float, ...] = (0.01, 0.03, 0.06, 0.1, 0.14, 0.2, 0.3, 0.5)
+    rates: tuple[float, ...] = (0.01, 0.03, 0.06, 0.1, 0.14, 0.2, 0.3, 0.5, 0.8, 1.2, 2.0, 3.0)
     """Rates at test to choose from, for every method by itself, on validation documents."""
     meta_steps: int = 200
     """Meta-steps."""
     meta_lr: float = 1e-3
     """Adam's rate of the weights' model, at the start of a cosine decay."""
-    drop: float = 0.0
-    """Share of a document's tokens whose TF-IDF is set to zero."""
+    drop: float = 0.5
+    """Share of a document's tokens, those of the least TF-IDF, that the rule with a threshold
+    does not weigh."""
     evaluate_every: int = 100
     """Meta-steps between looks at validation documents; the best is kept."""
     validation_streams: int = 20
@@ -88,6 +89,8 @@ class Config(configuration.RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.rates or min(self.rates) <= 0:
+            raise ValueError(f"rates={self.rates}: at least one to choose from, each above 0")
         if len(self.documents) != 4 or min(self.documents) < self.stream:
             raise ValueError(
                 f"documents={self.documents}: four numbers, each at least stream={self.stream}"

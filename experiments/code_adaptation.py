@@ -95,6 +95,19 @@ class Config(configuration.RunConfig):
     test_holes: int = 300
     """Holes of the final numbers, the same for all methods."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("support", "hole", "before", "base_batch", "meta_batch", "inner_lr",
+                     "evaluate_every", "validation_holes", "test_holes"):  # fmt: skip
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: choose more than 0")
+        if not self.rates or min(self.rates) <= 0:
+            raise ValueError(f"rates={self.rates}: at least one to choose from, each above 0")
+        if not self.hole < self.window:
+            raise ValueError(
+                f"hole={self.hole} leaves no context in a window of window={self.window}"
+            )
+
 
 PRESETS = {
     "demo": Config(seeds=3),

@@ -69,8 +69,9 @@ def dynamic_evaluation(
         \theta_s = \theta_{s-1} + \mathrm{optimizer}(\nabla L(\theta_{s-1}; x_s))
 
     Args:
-        loss: ``(params, carry, segment) -> (loss, (carry, aux))``, the mean over the segment; no
-            gradient flows through what is carried. ``plain`` makes one of a loss without a carry.
+        loss: ``(params, carry, segment) -> (loss, (carry, aux))``, the mean over the segment. A
+            step takes what is carried as given; a derivative of the whole goes through it.
+            ``plain`` makes one of a loss without a carry.
         optimizer: any optax optimizer, such as ``sgd_towards_start`` or ``rms_towards_start``.
         params: the model at the start of the document.
         segments: a pytree of arrays ``[segments, ...]``.
@@ -99,7 +100,7 @@ def dynamic_evaluation(
     def step(state: tuple[PyTree, PyTree, PyTree], segment: PyTree):
         learning, opt_state, carry = state
         (value, (carry, aux)), grads = jax.value_and_grad(scored, has_aux=True)(
-            learning, jax.lax.stop_gradient(carry), segment
+            learning, carry, segment
         )
         updates, opt_state = optimizer.update(grads, opt_state, learning)
         learning: Any = optax.apply_updates(learning, updates)
@@ -171,7 +172,7 @@ def rms_towards_start(
         An ``optax.GradientTransformation``; its state keeps the start.
 
     Raises:
-        ValueError: when it starts, if a parameter has no statistics.
+        ValueError: a negative decay; when it starts, a parameter without statistics.
 
     Example:
         >>> tx = rms_towards_start(1.0, 0.5, jnp.array([1.0, 3.0]), eps=0.0)
@@ -182,6 +183,8 @@ def rms_towards_start(
 
     Source: Krause et al. (2018), equations 4-6.
     """
+    if isinstance(decay, float | int) and decay < 0:
+        raise ValueError(f"decay={decay} leads away from the start: choose at least 0")
 
     def direction(start: PyTree, grads: PyTree, params: PyTree) -> PyTree:
         sizes = _matching(statistics, params)

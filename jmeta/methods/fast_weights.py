@@ -160,7 +160,7 @@ def segment(
         the memory after the segment.
 
     Raises:
-        ValueError: shapes disagree, or the chunk is not positive.
+        ValueError: shapes disagree, or the chunk or the reference is not positive.
 
     Source: Clark et al., "Meta-Learning Fast Weight Language Models" (2022), equations 1-4; chunks
     as in Hua et al., "Transformer Quality in Linear Time" (2022), section 3.2.
@@ -363,6 +363,11 @@ def _check(
     width, size = params["up"]["kernel"].shape[0], params["down"]["kernel"].shape[1]
     if config.chunk < 1 or (config.scored is not None and config.scored < 1):
         raise ValueError(f"chunk={config.chunk} and scored={config.scored} must be at least 1")
+    if config.reference is not None and not config.reference > 0:
+        raise ValueError(
+            f"reference={config.reference} divides the gradients: choose a number of tokens above "
+            "0, or None for those read so far"
+        )
     if states.ndim != 3 or states.shape[2] != width:
         raise ValueError(
             f"states have shape {states.shape}; the block takes [batch, time, {width}]"
@@ -402,5 +407,5 @@ def _normalised(
 
 
 def _logsumexp(scores: Array) -> Array:
-    shift = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+    shift = jax.lax.stop_gradient(scores).max(-1, keepdims=True)
     return jnp.log(jnp.exp(scores - shift).sum(-1)) + shift[..., 0]

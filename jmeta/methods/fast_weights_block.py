@@ -222,7 +222,7 @@ def unembedding_gradient(features: Array, table: Array, labels: Array, scored: i
     @jax.checkpoint
     def part(table: Array, flat: Array, labels: Array) -> Array:
         masses = flat @ table.T
-        masses = jnp.exp(masses - jax.lax.stop_gradient(masses.max(-1, keepdims=True)))
+        masses = jnp.exp(masses - jax.lax.stop_gradient(masses).max(-1, keepdims=True))
         # Divided after the product, so that [tokens, vocab] is written once.
         mean = (masses @ table) / masses.sum(-1, keepdims=True)
         return mean - jnp.take(table, labels, axis=0, mode="clip")

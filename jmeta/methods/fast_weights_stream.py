@@ -144,8 +144,8 @@ def generate(
         temperature: what scores are divided by before a draw.
 
     Returns:
-        The tokens ``[batch, count]``, and the carry, with which another call goes on from the last
-        of them as its prompt.
+        The tokens ``[batch, count]``, -1 where a score is NaN, as beyond the room of a body's
+        cache; and the carry, with which another call goes on from the last of them as its prompt.
 
     Raises:
         ValueError: an empty prompt.
@@ -168,7 +168,7 @@ def generate(
         else:
             each = jax.random.fold_in(key, number)
             tokens = jax.random.categorical(each, scores / temperature)
-        tokens = tokens.astype(prompt.dtype)
+        tokens = jnp.where(jnp.isnan(scores).any(-1), -1, tokens).astype(prompt.dtype)
         return (carry, tokens), tokens
 
     carry = jax.lax.scan(reading, carry, prompt[:, :-1].T)[0]

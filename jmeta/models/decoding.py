@@ -75,12 +75,12 @@ def extend(
     Args:
         config: the shape of the model; dropout is off.
         params: what ``init`` returned.
-        cache: what was read before. Tokens beyond its room overwrite its end: see to it that
-            there is room.
+        cache: what was read before.
         tokens: ``[batch, time]`` int.
 
     Returns:
-        The final states ``[batch, time, width]``, normalised, and the cache after them.
+        The final states ``[batch, time, width]``, normalised, and the cache after them. Tokens
+        that the cache has no room for give NaN, and leave it of no use.
 
     Example:
         >>> from jmeta.models import transformer
@@ -118,4 +118,6 @@ def extend(
         normal = blocks.layer_norm(x, layer["ln2"], config.eps)
         x = x + blocks.feed_forward(config, layer["mlp"], normal)
     states = blocks.layer_norm(x, params["ln_f"], config.eps)
+    # Beyond its room the cache has lost what it held: no number would be right.
+    states = jnp.where(cache.length + time > room, jnp.nan, states)
     return states, Cache(tuple(keys), tuple(values), cache.length + time)

@@ -65,10 +65,11 @@ def tf_idf(text: str, pieces: Pieces, fitted: Any, *, drop: float = 0.0) -> np.n
     pattern = re.compile(fitted.token_pattern)
     spans, values = [], []
     for found in pattern.finditer(text):
-        [word] = analyse(found[0].lower())
-        if word in known:
+        # In lower case it may be several: there a dotted capital I is two characters.
+        words = [word for word in analyse(found[0].lower()) if word in known]
+        if words:
             spans.append(found.span())
-            values.append(row[known[word]])
+            values.append(max(row[known[word]] for word in words))
     weights = over_tokens(spans, values, pieces)
     held = np.flatnonzero(weights)
     order = held[np.argsort(weights[held], kind="stable")]

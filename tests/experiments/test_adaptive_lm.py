@@ -1,5 +1,6 @@
 """The adaptive language models: data by hand, methods that do nothing, causality, a whole run."""
 
+import dataclasses
 import json
 
 import jax
@@ -18,6 +19,7 @@ from experiments._adaptive_lm_methods import (
     HSO,
     KNN,
     METHODS,
+    NGRAM,
     RMS,
     SGD,
     STATIC,
@@ -101,7 +103,7 @@ def test_a_method_reads_no_future_and_without_its_effect_it_is_static(body, rows
     later = rows.tokens.copy()
     later[:, 18:] = (later[:, 18:] + 1) % VOCAB  # the token at place 18 is the label at 17
     moved = np.asarray(losses(params, Rows(later, rows.mask)))
-    np.testing.assert_allclose(moved[:, :17], found[:, :17], atol=1e-6)
+    np.testing.assert_array_equal(moved[:, :17], found[:, :17])
     assert np.abs(moved[:, 18:] - found[:, 18:]).max() > 1e-3
 
 
@@ -148,6 +150,53 @@ def test_documents_scored_a_few_at_a_time_come_back_in_order():
     rows = Rows(np.arange(15, dtype=np.int32).reshape(5, 3), np.ones((5, 3), np.float32))
     found = scoring.in_batches(lambda scale, part: scale * part.tokens[:, 1:], 2, rows, 2)
     np.testing.assert_array_equal(found, 2 * rows.tokens[:, 1:])
+
+
+def test_knn_is_tuned_by_one_search_on_what_it_reads_with(body, rows):
+    """What is chosen of all options is what ``neighbours`` has the least loss with."""
+    made, params = body
+    rng = np.random.default_rng(1)
+    train = [rng.integers(0, VOCAB, 40).astype(np.int32) for _ in range(6)]
+    data = Data(VOCAB, train, rows, rows, np.ones(VOCAB))
+    best, settings = scoring.tune_knn(made, params, data, SMOKE, 0)
+    assert best["store"].keys.shape == (SMOKE.datastore, SMOKE.width)
+    read = jax.jit(methods_of.neighbours(made, SMOKE.neighbours))
+    inputs = rows.tokens[:, :-1]
+    keys = made.keys(params, inputs)[1]
+    np.testing.assert_allclose(made.keys(params, inputs)[0], made.states(params, inputs), atol=1e-5)
+    assert keys.shape == (2, SMOKE.length, SMOKE.width)
+
+    def loss(**changes):
+        each = np.asarray(read({**best, **changes}, rows))
+        return scoring.mean_loss(each, rows)
+
+    assert loss() == pytest.approx(settings["validation"], rel=1e-6)
+    for weight in scoring.KNN_WEIGHTS:
+        assert loss(weight=jnp.float32(weight)) >= settings["validation"] - 1e-6
+
+
+def test_short_keys_are_trained_by_their_squared_length(body, rows):
+    made, params = body
+    coefficient = 0.3
+    value, aux = methods_of.with_short_keys(made, coefficient)(params, rows, None)
+    plain, _ = methods_of.mean(methods_of.static(made))(params, rows, None)
+    weights = rows.mask[:, 1:]
+    keys = np.asarray(made.keys(params, rows.tokens[:, :-1])[1])
+    expected = coefficient * (np.square(keys).sum(-1) * weights).sum() / weights.sum()
+    assert float(aux["penalty"]) == pytest.approx(expected, rel=1e-5)
+    assert float(value) == pytest.approx(float(plain) + expected, rel=1e-5)
+
+
+def test_perplexity_over_documents_and_curves_are_means_of_documents():
+    rows = [{"metric": page.BY_DOCUMENT, "method": "m", "mean": 2.0, "ci95": 0.1, "n": 5,
+             "over": "episodes"}, {"metric": page.PERPLEXITY, "method": "m"}]  # fmt: skip
+    [found] = page.of_documents(rows)
+    assert found["metric"] == page.OF_DOCUMENTS
+    assert found["mean"] == pytest.approx(np.exp(2.0))
+    assert found["ci95"] == pytest.approx(0.1 * np.exp(2.0))
+    values = np.array([[1.0, 2.0, 9.0], [4.0, 9.0, 9.0], [9.0, 9.0, 9.0]])
+    taken = np.array([[True, True, False], [True, False, False], [False, False, False]])
+    assert page.by_document(values, taken) == [1.5, 4.0]
 
 
 @pytest.mark.slow
@@ -202,6 +251,13 @@ def test_what_makes_no_sense_is_refused_at_once(monkeypatch, tmp_path):
         ({"segment": 7}, "does not divide"),
         ({"corpus": "wikitext103"}, "choose embedded"),
         ({"layers": 1}, "above its first"),
+        ({"inner_rate": 0.0}, "inner_rate=0.0: choose more than 0"),
+        ({"neighbours": 0}, "neighbours=0"),
+        ({"reference": float("nan")}, "reference=nan"),
+        (
+            {"model": "gpt2"},
+            "Transformer-N is no way to read gpt2: leave it out, --methods 'static",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             adaptive_lm.Config(**changes)
@@ -217,14 +273,40 @@ def test_a_checkpoint_is_read_in_place_of_the_decoder(tmp_path):
     shape = gpt2.GPT2Config(vocab=VOCAB, width=8, layers=2, heads=2, max_len=40, head="causal_lm")
     params = gpt2.init(shape, jax.random.key(0))
     to_pretrained(tmp_path / "tiny", shape, params)
-    config = adaptive_lm.Config(model=str(tmp_path / "tiny"), length=32, segment=8)
+    config = adaptive_lm.Config(
+        model=str(tmp_path / "tiny"), length=32, segment=8, methods=(STATIC, EXACT)
+    )
     made = methods_of.make_body(config, VOCAB)
     tokens = jnp.arange(20)[None] % VOCAB
     expected = gpt2.hidden(shape, params, {"tokens": tokens})
     found = made.states(made.init(jax.random.key(1)), tokens)
     np.testing.assert_allclose(found, expected, atol=1e-6)
     with pytest.raises(ValueError, match="64 positions"):
-        methods_of.make_body(adaptive_lm.Config(model=str(tmp_path / "tiny"), length=64), VOCAB)
+        methods_of.make_body(dataclasses.replace(config, length=64), VOCAB)
+    with pytest.raises(ValueError, match="24 tokens and its embedding 23"):
+        methods_of.make_body(config, VOCAB + 1)
+
+
+@pytest.mark.slow
+def test_a_run_from_a_checkpoint_and_its_tokeniser(tmp_path):
+    from jmeta.models import gpt2
+    from jmeta.models.pretrained import to_pretrained
+    from jmeta.tasks.bpe import train_bpe
+
+    words = train_bpe(["def f(x): return x\n" * 20], 300)
+    vocab = words.get_vocab_size()
+    shape = gpt2.GPT2Config(vocab=vocab, width=8, layers=2, heads=2, max_len=40, head="causal_lm")
+    to_pretrained(tmp_path / "tiny", shape, gpt2.init(shape, jax.random.key(0)))
+    words.save(str(tmp_path / "tiny" / "tokenizer.json"))
+    methods = ",".join(name for name in METHODS if name != NGRAM)
+    out = tmp_path / "run"
+    adaptive_lm.main(["--preset", "smoke", "--seeds", "1", "--model", str(tmp_path / "tiny"),
+                      "--base-steps", "0", "--methods", methods, "--out", str(out)])  # fmt: skip
+    perplexity = {row["method"]: row["mean"] for row in read_results(out)["summary"]
+                  if row["metric"] == page.PERPLEXITY}  # fmt: skip
+    assert set(perplexity) == {*methods.split(","), UNIGRAM}
+    assert not (out / "trained" / "decoder-0").exists()  # the checkpoint is where all begin
+    assert perplexity[STATIC] == pytest.approx(vocab, rel=0.5)  # it was drawn at random
 
 
 @pytest.mark.slow

@@ -77,6 +77,14 @@ def test_documents_hold_the_answers_and_parts_share_none(data):
     assert sum(map(len, texts)) == len(set.union(*texts))
 
 
+def test_a_threshold_takes_the_weight_of_the_smallest_and_nothing_else(data):
+    for part in data.parts.values():
+        whole, above = part.rules["tf-idf"], part.rules["tf-idf with a threshold"]
+        assert ((above == whole) | (above == 0)).all()
+        # Half of a document's weights, of which a window shows a part.
+        assert 0.25 < (above > 0).sum() / (whole > 0).sum() < 0.75
+
+
 def test_an_answer_is_anywhere_in_its_window():
     rng = np.random.default_rng(0)
     answer = np.zeros(50, bool)
@@ -126,6 +134,8 @@ def test_the_verdict_is_the_intervals(gap, word):
         ({"documents": (9, 9, 9)}, "four numbers"),
         ({"stream": 17}, "at least stream=17"),
         ({"longest_answer": 40}, "leaves no room"),
+        ({"rates": ()}, "at least one to choose from"),
+        ({"rates": (0.1, 0.0)}, "each above 0"),
     ],
 )
 def test_settings_without_a_meaning_are_refused(change, words):

@@ -1,5 +1,6 @@
 """The code adaptation experiment: a whole run of the smoke preset, and what its methods read."""
 
+import dataclasses
 import json
 
 import jax
@@ -111,6 +112,19 @@ def test_the_verdict_is_the_intervals(gap, word):
     summary = experiment.summarise(rows, baseline=experiment.NONE)
     [said] = experiment.verdicts(summary)
     assert word in said
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"support": 0}, "support=0: choose more than 0"),
+        ({"rates": ()}, "at least one to choose from"),
+        ({"hole": 16}, "hole=16 leaves no context in a window of window=16"),
+    ],
+)
+def test_settings_without_a_meaning_are_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(CONFIG, **change)
 
 
 @pytest.mark.slow

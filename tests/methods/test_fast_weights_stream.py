@@ -62,6 +62,17 @@ def _token(config, body, cache, tokens):
     return states[:, 0], cache
 
 
+def test_a_text_longer_than_the_cache_ends_in_no_token():
+    shape = {"vocab": 13, "width": 8, "layers": 1, "heads": 2, "max_len": 6}
+    config = transformer.TransformerConfig(**shape)
+    body, block = transformer.init(config, jax.random.key(0)), init(8, 8, jax.random.key(1))
+    one = decoder(CONFIG, block, body["embed"]["tokens"], functools.partial(_token, config, body))
+    carry = decoding.init_cache(config, body, 1), init_state(block, 1)
+    written, _ = generate(one, carry, jnp.array([[1, 2]]), 8)
+    assert (written[0, :5] >= 0).all()
+    assert (written[0, 5:] == -1).all()
+
+
 def test_memory_does_not_grow_with_what_is_written(model):
     config, body, block, _ = model
     one = decoder(CONFIG, block, body["embed"]["tokens"], functools.partial(_token, config, body))

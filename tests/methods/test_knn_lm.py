@@ -53,13 +53,17 @@ def test_probabilities_are_those_of_the_formula():
     for q in range(5):
         for weight, entry in zip(weights[q], order[q], strict=True):
             expected[q, values[entry]] += weight
-    np.testing.assert_allclose(knn_lm.knn_distribution(found, 7, 0.7), expected, atol=1e-12)
+    np.testing.assert_allclose(
+        knn_lm.knn_distribution(found, 7, 0.7), expected, rtol=1e-10, atol=1e-12
+    )
     for token in range(7):
         said = knn_lm.knn_log_likelihood(found, jnp.full(5, token), 0.7)
-        np.testing.assert_allclose(np.exp(said), expected[:, token], atol=1e-12)
+        np.testing.assert_allclose(np.exp(said), expected[:, token], rtol=1e-10, atol=1e-12)
     model = np.full((5, 7), 1 / 7)
     mixed = knn_lm.interpolate(np.log(model), jnp.log(jnp.asarray(expected)), 0.25)
-    np.testing.assert_allclose(np.exp(mixed), 0.25 * expected + 0.75 * model, atol=1e-12)
+    np.testing.assert_allclose(
+        np.exp(mixed), 0.25 * expected + 0.75 * model, rtol=1e-10, atol=1e-12
+    )
 
 
 def test_limits():
@@ -73,27 +77,31 @@ def test_limits():
     unigram = np.bincount(values, minlength=7) / 23
     for temperature in (1e12, np.inf):
         everywhere = knn_lm.knn_distribution(found, 7, temperature)
-        np.testing.assert_allclose(everywhere, np.tile(unigram, (5, 1)), atol=1e-10)
+        np.testing.assert_allclose(everywhere, np.tile(unigram, (5, 1)), rtol=1e-10, atol=1e-10)
     first = knn_lm.knn_distribution(found, 7, 1e-9)
-    np.testing.assert_allclose(first[1:], np.eye(7)[np.asarray(found.values[1:, 0])], atol=1e-12)
+    np.testing.assert_allclose(
+        first[1:], np.eye(7)[np.asarray(found.values[1:, 0])], rtol=1e-10, atol=1e-12
+    )
     copies = np.bincount(values[[4, 9, 20]], minlength=7) / 3  # equally near: they share
-    np.testing.assert_allclose(first[0], copies, atol=1e-12)
+    np.testing.assert_allclose(first[0], copies, rtol=1e-10, atol=1e-12)
     absent = knn_lm.nearest(store, jnp.asarray(asked), 1)
     other = (absent.values[:, 0] + 1) % 7
     said = knn_lm.knn_log_likelihood(absent, other, 1.0)
     assert (np.asarray(said) == -np.inf).all()
     np.testing.assert_allclose(
-        knn_lm.interpolate(model, said, 0.25), model + np.log(0.75), atol=1e-12
+        knn_lm.interpolate(model, said, 0.25), model + np.log(0.75), rtol=1e-10, atol=1e-12
     )
 
 
 def test_penalty_has_its_closed_form():
     keys = jax.random.normal(jax.random.key(0), (2, 3, 4))
     slope = jax.grad(lambda x: knn_lm.activation_penalty(x, coefficient=0.3))(keys)
-    np.testing.assert_allclose(slope, 2 * 0.3 * keys / 6, atol=1e-12)
+    np.testing.assert_allclose(slope, 2 * 0.3 * keys / 6, rtol=1e-10, atol=1e-12)
     weights = jnp.asarray([[1.0, 1, 0], [1, 0, 0]])
     slope = jax.grad(lambda x: knn_lm.activation_penalty(x, weights, coefficient=0.3))(keys)
-    np.testing.assert_allclose(slope, 2 * 0.3 * keys * weights[..., None] / 3, atol=1e-12)
+    np.testing.assert_allclose(
+        slope, 2 * 0.3 * keys * weights[..., None] / 3, rtol=1e-10, atol=1e-12
+    )
     assert knn_lm.activation_penalty(keys, 0 * weights, coefficient=0.3) == 0
 
 
@@ -125,6 +133,7 @@ def test_keys_are_what_the_last_feed_forward_layer_reads(kind, layers):
     np.testing.assert_allclose(
         keys[real],
         (np.asarray(bare) * last["ln2"]["scale"] + last["ln2"]["bias"])[real],
+        rtol=1e-10,
         atol=1e-10,
     )
 
@@ -140,7 +149,7 @@ def test_a_model_that_has_read_a_text_finds_it_again():
     found = knn_lm.nearest(store, keys[:-1], 1)
     np.testing.assert_array_equal(found.values[:, 0], tokens[1:])
     said = knn_lm.knn_log_likelihood(found, tokens[1:], 1.0)
-    np.testing.assert_allclose(said, 0, atol=1e-12)
+    np.testing.assert_allclose(said, 0, rtol=1e-10, atol=1e-12)
     table = params["embed"]["tokens"]
     loss = jax.jit(lambda *args: token_loss(*args, None)[0])
     model = loss(states[:-1], table, table[tokens[1:]], jnp.ones(11))

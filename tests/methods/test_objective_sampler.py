@@ -61,13 +61,16 @@ def test_updates_are_the_published_ones_by_hand(x64):
         np.testing.assert_allclose(state.memory[0], phi, rtol=0, atol=1e-10)
         np.testing.assert_array_equal(state.counts, 0)
     expected = np.exp(phi) / np.exp(phi).sum()
-    np.testing.assert_allclose(learner.probabilities(state), expected, atol=1e-10)
+    np.testing.assert_allclose(learner.probabilities(state), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_fixed_points(x64):
     uniform, counts = jnp.full(5, 0.3), jnp.asarray([3.0, 9.0, 1.0, 0.0, 7.0])
     np.testing.assert_allclose(
-        methods.mometas_gradient(uniform, jnp.zeros(5), jnp.zeros(5), 2.0), 0, atol=1e-12
+        methods.mometas_gradient(uniform, jnp.zeros(5), jnp.zeros(5), 2.0),
+        0,
+        rtol=1e-10,
+        atol=1e-12,
     )
     phi = jnp.arange(5.0)
     found = methods.mometas_gradient(phi, counts, jnp.zeros(5), 0.0)
@@ -97,14 +100,14 @@ def test_every_option_of_mometas_does_what_it_says(x64):
         assert jnp.abs(windows(methods.mometas(3, **changed)) - plain).max() > 1e-4, changed
     extreme = windows(methods.mometas(3, rate=10.0, least=0.1))
     assert extreme.min() >= 0.1 - 1e-12
-    np.testing.assert_allclose(extreme.sum(), 1, atol=1e-12)
+    np.testing.assert_allclose(extreme.sum(), 1, rtol=1e-10, atol=1e-12)
     # own credit: the draws of an objective that alone improved are what moves the mixture
     learner = methods.mometas(3, entropy=0.0, rate=1.0, credit=methods.own_credit)
     state = learner.update(learner.init(), jnp.zeros(3), BEFORE)
     state = learner.update(state, jnp.full(3, 10.0), BEFORE.at[1].set(0.5))
     reward = (0.5 + 1e-6) / (1.0 + 1e-6)
     moved = state.memory[0] - 1
-    np.testing.assert_allclose(moved, reward * 10 * (np.eye(3)[1] - 1 / 3), atol=1e-10)
+    np.testing.assert_allclose(moved, reward * 10 * (np.eye(3)[1] - 1 / 3), rtol=1e-10, atol=1e-10)
     # a baseline equal to what windows always earn leaves the mixture alone
     steady = methods.mometas(2, entropy=0.0, baseline=methods.moving_average(1.0))
     state = steady.update(steady.init(), jnp.zeros(2), jnp.ones(2))
@@ -140,17 +143,24 @@ def test_rules_give_exact_sequences_and_frequencies(x64):
     assert play(methods.round_robin(3), 8)[0] == [0, 1, 2, 0, 1, 2, 0, 1]
     assert play(methods.fixed_mix([0, 0, 1]), 5)[0] == [2] * 5
     np.testing.assert_allclose(
-        methods.uniform_mix(7).probabilities(methods.uniform_mix(7).init()), 1 / 7, atol=1e-12
+        methods.uniform_mix(7).probabilities(methods.uniform_mix(7).init()),
+        1 / 7,
+        rtol=1e-10,
+        atol=1e-12,
     )
     mix = methods.annealed_mix([3, 1], [0, 1], steps=10)
     for step in (0, 1, 5, 10, 99):
         share = min(step / 10, 1)
         found = mix.probabilities(mix.init()._replace(step=jnp.int32(step)))
-        np.testing.assert_allclose(found, [0.75 * (1 - share), 0.25 + 0.75 * share], atol=1e-12)
+        np.testing.assert_allclose(
+            found, [0.75 * (1 - share), 0.25 + 0.75 * share], rtol=1e-10, atol=1e-12
+        )
     by_loss = methods.loss_proportional(3)
-    np.testing.assert_allclose(by_loss.probabilities(by_loss.init()), 1 / 3, atol=1e-12)
+    np.testing.assert_allclose(by_loss.probabilities(by_loss.init()), 1 / 3, rtol=1e-10, atol=1e-12)
     state = by_loss.update(by_loss.init(), jnp.zeros(3), jnp.array([1.0, 2.0, 5.0]))
-    np.testing.assert_allclose(by_loss.probabilities(state), [0.125, 0.25, 0.625], atol=1e-12)
+    np.testing.assert_allclose(
+        by_loss.probabilities(state), [0.125, 0.25, 0.625], rtol=1e-10, atol=1e-12
+    )
     _, state = play(methods.fixed_mix([1, 3]), 50)
     assert int(state.step) == 50 == int(state.counts.sum())
 

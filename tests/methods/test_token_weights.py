@@ -198,7 +198,30 @@ def test_locality_is_zero_where_nothing_moved_and_never_below(base):
     p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in map(np.asarray, (old, new)))
     mask = np.array([[1, 1, 1, 1], [1, 0, 0, 0]])
     expected = ((p * np.log(p / q)).sum(-1) * mask).sum() / mask.sum()
-    np.testing.assert_allclose(camels.divergence(old, new, jnp.asarray(mask)), expected)
+    found = camels.divergence(old, new, jnp.asarray(mask))
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_a_model_that_goes_on_is_held_against_the_original(base):
+    """Of a persistent model the divergence is that from the base, not from where it last stood."""
+    meta, episode = first_meta(), Episode(text(2, 6), query())
+    problem = camels.token_weights(scores, weigh, base, optax.sgd(RATE), locality=1.0)
+    mg = jmeta.first_order(problem, 1, persistent=True)
+    step = jax.jit(lambda state: mg.estimate(meta, state, episode, None)[1:])
+    state, asked = mg.init(meta, None), episode.query["locality"]
+    of = jax.jit(lambda params: jax.nn.log_softmax(scores(params, asked, None)))
+
+    def divergence(start, end):
+        old, new = of(start), of(end)
+        each = (jnp.exp(old) * (old - new)).sum(-1) * asked["mask"]
+        return float(each.sum() / asked["mask"].sum())
+
+    for _ in range(3):
+        before = state.fast
+        state, info = step(state)
+    found = float(info.aux["divergence"])
+    assert found == pytest.approx(divergence(base, state.fast), rel=1e-10)
+    assert found > 2 * divergence(before, state.fast)
 
 
 def test_padding_and_batch_mates_of_padding_change_nothing(base):

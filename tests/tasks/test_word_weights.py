@@ -34,6 +34,18 @@ def by_hand(text):
     return {w: v / norm for w, v in raw.items()}
 
 
+def test_a_word_that_is_longer_in_lower_case_is_weighed(tokenizer):
+    """The dotted capital I is two characters in lower case, which part the word."""
+    text = "DİYARBAKIR and İl"
+    fitted, [pieces] = (
+        word_weights.fit_tf_idf([text.lower(), "and"]),
+        token_pieces(tokenizer, [text]),
+    )
+    found = word_weights.tf_idf(text, pieces, fitted)
+    touched = (pieces.start < 10) & (pieces.stop > 0)
+    assert (found[touched] > 0).all()
+
+
 @pytest.mark.parametrize("text", [*TEXTS, "The market of nobody, unseen."])
 def test_tf_idf_is_its_formula_and_tokens_take_the_largest(tokenizer, text):
     fitted, [pieces] = word_weights.fit_tf_idf(TEXTS), token_pieces(tokenizer, [text])
