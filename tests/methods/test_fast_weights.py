@@ -197,15 +197,18 @@ def test_segments_carry_the_memory_over(world, config):
 
 @pytest.mark.parametrize("config", [PREFIX, CONSTANT])
 def test_decoding_token_by_token_gives_the_numbers_of_whole_documents(world, config):
-    params, table, states, *_ = world
+    params, table, states, _, drawn = world
     tokens = jax.random.randint(jax.random.key(5), (BATCH, TIME), 0, VOCAB)
-    labels, weights = next_tokens(tokens)
-    whole = features(config, params, table, states, labels, weights)
+    labels, ones = next_tokens(tokens)
     step = jax.jit(functools.partial(fast_weights_stream.step, config, params, table))
-    stream = fast_weights_stream.init_state(params, BATCH)
-    for t in range(TIME):
-        out, stream = step(stream, tokens[:, t], states[:, t])
-        np.testing.assert_allclose(out, whole[:, t], atol=1e-9, rtol=1e-9)
+    for weights in (None, drawn):
+        each = ones if weights is None else weights
+        whole = features(config, params, table, states, labels, each)
+        stream = fast_weights_stream.init_state(params, BATCH)
+        for t in range(TIME):
+            given = None if weights is None else weights[:, t]
+            out, stream = step(stream, tokens[:, t], states[:, t], given)
+            np.testing.assert_allclose(out, whole[:, t], atol=1e-9, rtol=1e-9)
 
 
 def test_with_chunks_it_is_gradient_descent_for_two_chunks_and_not_for_three(world):
