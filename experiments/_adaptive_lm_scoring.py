@@ -27,7 +27,7 @@ from jmeta.methods.dynamic_evaluation import gradient_statistics
 SGD_RATES = (3e-3, 0.01, 0.03, 0.1, 0.3)
 RMS_RATES = (1e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
 DECAYS = (0.0, 0.02)
-HSO_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+HSO_RATES = (3e-3, 1e-2, 3e-2, 0.1, 0.3)
 KNN_WEIGHTS = (0.05, 0.1, 0.2, 0.3, 0.4)
 KNN_TEMPERATURES = (1.0, 3.0, 10.0, 30.0)
 TIMED, REPEATS = 4, 5
