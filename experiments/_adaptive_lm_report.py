@@ -179,11 +179,13 @@ def draw(
             path,
         ))  # fmt: skip
     known = [name for name in names if name != UNIGRAM]  # whose distance would hide the others'
+    # Of one seed, documents alone have an interval.
+    metric, paired = (PERPLEXITY, "seed") if config.seeds > 1 else (BY_DOCUMENT, "document")
     rows = [
-        r for r in rows_of(known, config.seed_list, found, data.test) if r["metric"] == PERPLEXITY
+        row for row in rows_of(known, config.seed_list, found, data.test) if row["metric"] == metric
     ]
-    path = figures.forest(config.out / "differences", summarise(rows, baseline=STATIC), PERPLEXITY)
-    made.append(("Perplexity against the static model, paired by seed.", path))
+    path = figures.forest(config.out / "differences", summarise(rows, baseline=STATIC), metric)
+    made.append((f"{metric.capitalize()} against the static model, paired by {paired}.", path))
     return made
 
 
