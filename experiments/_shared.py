@@ -62,6 +62,19 @@ def command_line(
             run(config)
 
 
+def require_positive(config: Any, *names: str) -> None:
+    """Check settings that are numbers, or lists of at least one number, and count or measure.
+
+    Raises:
+        ValueError: one is not above 0.
+    """
+    for name in names:
+        value = getattr(config, name)
+        each = value if isinstance(value, tuple) else (value,)
+        if not each or not all(number > 0 for number in each):
+            raise ValueError(f"{name}={value}: choose more than 0")
+
+
 def record(config: Any, *free: str) -> None:
     """Write what a run was asked for, unless the folder holds one that was asked for other things.
 

@@ -39,7 +39,7 @@ from experiments._adaptive_lm_methods import (
     Body,
     Losses,
 )
-from experiments._shared import command_line, record, train_method
+from experiments._shared import command_line, record, require_positive, train_method
 from experiments._teacher_shared import named
 from jmeta.core.types import Episode, PyTree
 from jmeta.data.sources import DataUnavailable
@@ -111,11 +111,10 @@ class Config(configuration.RunConfig):
             raise ValueError(f"all are compared with {STATIC!r}: add it to methods")
         if len(self.methods) < 2:
             raise ValueError(f"{STATIC!r} alone is compared with nothing: name another method")
-        for name in ("length", "batch", "neighbours", "datastore", "statistics_batches",
-                     "validation_documents", "test_documents", "score_batch", "inner_rate",
-                     "reference"):  # fmt: skip
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}: choose more than 0")
+        require_positive(
+            self, "length", "batch", "neighbours", "datastore", "statistics_batches",
+            "validation_documents", "test_documents", "score_batch", "inner_rate", "reference",
+        )  # fmt: skip
         if self.model != BASE and NGRAM in self.methods:
             others = ",".join(name for name in self.methods if name != NGRAM)
             raise ValueError(

@@ -28,7 +28,7 @@ from experiments._camels_scoring import (
     score,
     weights_by_kind,
 )
-from experiments._shared import Trained, command_line, record, train_method
+from experiments._shared import Trained, command_line, record, require_positive, train_method
 from jmeta.core.types import Array, Key, MetaGradient, PyTree
 from jmeta.methods import learned_start
 from jmeta.models import transformer
@@ -89,8 +89,7 @@ class Config(configuration.RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.rates or min(self.rates) <= 0:
-            raise ValueError(f"rates={self.rates}: at least one to choose from, each above 0")
+        require_positive(self, "rates")
         if len(self.documents) != 4 or min(self.documents) < self.stream:
             raise ValueError(
                 f"documents={self.documents}: four numbers, each at least stream={self.stream}"

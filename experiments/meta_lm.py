@@ -22,7 +22,7 @@ from experiments import _meta_lm_report as page
 from experiments import _meta_lm_training as training
 from experiments._meta_lm_data import EMBEDDED, SUPERGLUE, Data
 from experiments._meta_lm_methods import METHODS, MLM, NONE, Method
-from experiments._shared import command_line, record
+from experiments._shared import command_line, record, require_positive
 from experiments._teacher_shared import SOFT, named
 from jmeta.data.sources import DataUnavailable
 from jmeta.models import masked_lm
@@ -132,12 +132,11 @@ class Config(configuration.RunConfig):
         for name in ("tasks", "methods"):
             if not lists[name]:
                 raise ValueError(f"{name} is empty: name at least one")
-        positive = ("batch", "micro_batches", "tasks_per_batch", "samples_per_task", "inner_steps",
-                    "finetune_epochs", "finetune_steps", "finetune_batch", "evaluations",
-                    "validation_windows", "held_out_texts")  # fmt: skip
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: at least 1")
+        require_positive(
+            self, "batch", "micro_batches", "tasks_per_batch", "samples_per_task", "inner_steps",
+            "finetune_epochs", "finetune_steps", "finetune_batch", "evaluations",
+            "validation_windows", "held_out_texts",
+        )  # fmt: skip
         if self.steps < self.inner_steps or self.steps % self.inner_steps:
             raise ValueError(
                 f"steps={self.steps} is no multiple of the {self.inner_steps} steps that a student "

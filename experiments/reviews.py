@@ -20,7 +20,14 @@ from experiments import _reviews_model as model
 from experiments import _reviews_report as page
 from experiments import _reviews_scoring as scoring
 from experiments._fewshot_scoring import Clock
-from experiments._shared import Trained, command_line, record, train_method, write_metrics
+from experiments._shared import (
+    Trained,
+    command_line,
+    record,
+    require_positive,
+    train_method,
+    write_metrics,
+)
 from jmeta.core.types import Episode, MetaGradient, PyTree
 from jmeta.data.loader import episode_loader
 from jmeta.data.sources import DataUnavailable
@@ -101,12 +108,10 @@ class Config(configuration.RunConfig):
         super().__post_init__()
         if len(self.test_shots) != len(self.test_queries):
             raise ValueError("test_shots and test_queries go together: give as many of each")
-        for name in ("shots", "queries", "meta_steps", "meta_batch", "evaluations", "look_episodes",
-                     "choice_episodes", "test_episodes", "transfer_batch"):  # fmt: skip
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} is at least 1, got {value}")
-        if min(*self.test_shots, *self.test_queries, 1) < 1:
-            raise ValueError("every number of test_shots and test_queries is at least 1")
+        require_positive(
+            self, "shots", "queries", "meta_steps", "meta_batch", "evaluations", "look_episodes",
+            "choice_episodes", "test_episodes", "transfer_batch", "test_shots", "test_queries",
+        )  # fmt: skip
         if self.adapt_steps[:1] != (0,):
             raise ValueError(f"adapt_steps begin with 0, got {self.adapt_steps}")
         if gradient_evaluations(self, "maml") % self.transfer_batch:

@@ -245,7 +245,7 @@ def standard_promotion():
     [
         ("sgd", False, ["none"]),
         ("momentum", True, ["nested"]),
-        ("adam", True, ["step", "nested"]),
+        ("adam", True, ["none", "step", "nested"]),
         ("clipped", False, ["step"]),
     ],
 )

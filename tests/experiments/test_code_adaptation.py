@@ -8,9 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import _code_adaptation_methods as methods_of
+from experiments import _code_adaptation_report as page
 from experiments import code_adaptation as experiment
 from jmeta.models import transformer
 from jmeta.runtime.report import read_results
+from jmeta.runtime.statistics import summarise
+from jmeta.tasks import files
 
 CONFIG = experiment.PRESETS["smoke"]
 
@@ -30,19 +34,19 @@ def test_a_run_leaves_everything_the_contract_names(run):
     methods = {json.loads(line)["method"] for line in (run / "metrics.jsonl").open()}
     assert methods == {"base"} | {
         f"{name}, seed {seed}"
-        for name in (experiment.EXACT, experiment.FIRST, experiment.JOINT)
+        for name in (methods_of.EXACT, methods_of.FIRST, methods_of.JOINT)
         for seed in (0,)
     }
 
 
 @pytest.mark.slow
 def test_every_method_is_there_for_every_seed_and_support(run):
-    rows = [r for r in read_results(run)["rows"] if r["metric"] == experiment.LOSS]
+    rows = [r for r in read_results(run)["rows"] if r["metric"] == methods_of.LOSS]
     cells = {(r["method"], r["seed"], r.get("support", "")) for r in rows}
     assert len(cells) == len(rows)
-    for name in (experiment.EXACT, experiment.FIRST, experiment.TUNED, "attention to the support"):
-        assert {(name, s, k) for s in (0,) for k in experiment.SUPPORTS} <= cells
-    for name in (experiment.NONE, experiment.JOINT, "dynamic evaluation, 2 steps",
+    for name in (methods_of.EXACT, methods_of.FIRST, methods_of.TUNED, "attention to the support"):
+        assert {(name, s, k) for s in (0,) for k in methods_of.SUPPORTS} <= cells
+    for name in (methods_of.NONE, methods_of.JOINT, "dynamic evaluation, 2 steps",
                  "dynamic evaluation, 3 steps", "attention to the 32 tokens before"):  # fmt: skip
         assert {(name, s, "") for s in (0,)} <= cells
     assert "against" in str({r["metric"] for r in read_results(run)["summary"]})
@@ -50,13 +54,13 @@ def test_every_method_is_there_for_every_seed_and_support(run):
 
 @pytest.mark.slow
 def test_without_a_rate_all_that_adapts_is_the_base_and_attention_reads_what_it_says():
-    source = experiment.files.files([np.arange(300) % 97, np.arange(250) % 89], CONFIG.vocab)
-    episodes = experiment.holes(CONFIG, source, "shared", 3, True)(0, 0)
-    model = experiment.model_of(CONFIG)
+    source = files.files([np.arange(300) % 97, np.arange(250) % 89], CONFIG.vocab)
+    episodes = methods_of.holes(CONFIG, source, "shared", 3, True)(0, 0)
+    model = methods_of.model_of(CONFIG)
     params = jax.jit(lambda key: transformer.init(model, key))(jax.random.key(0))
     params = jax.tree.map(lambda x: 5 * x, params)
     logits = jax.jit(lambda tokens: transformer.logits(model, params, tokens))
-    ways = experiment.readers(CONFIG)
+    ways = methods_of.readers(CONFIG)
     found = {name: np.asarray(way(params, jnp.float32(0), episodes)) for name, way in ways.items()}
 
     def by_hand(tokens):
@@ -69,7 +73,7 @@ def test_without_a_rate_all_that_adapts_is_the_base_and_attention_reads_what_it_
         query, before = episodes.query["tokens"][i], episodes.query["before"][i]
         support = episodes.support.batches["tokens"][i].reshape(-1)
         alone = by_hand(query)
-        for name in (experiment.NONE, experiment.TUNED, "dynamic evaluation, 2 steps",
+        for name in (methods_of.NONE, methods_of.TUNED, "dynamic evaluation, 2 steps",
                      "dynamic evaluation, 3 steps"):  # fmt: skip
             np.testing.assert_allclose(found[name][i], alone, rtol=1e-4)
         np.testing.assert_allclose(
@@ -78,8 +82,8 @@ def test_without_a_rate_all_that_adapts_is_the_base_and_attention_reads_what_it_
         np.testing.assert_allclose(
             found["attention to the 32 tokens before"][i], by_hand(before[-48:]), rtol=1e-4
         )
-    moved = ways[experiment.TUNED](params, jnp.float32(0.3), episodes)
-    assert (np.abs(np.asarray(moved) - found[experiment.TUNED]) > 1e-4).all()
+    moved = ways[methods_of.TUNED](params, jnp.float32(0.3), episodes)
+    assert (np.abs(np.asarray(moved) - found[methods_of.TUNED]) > 1e-4).all()
 
 
 def test_no_file_is_in_two_splits_and_rarity_is_of_training():
@@ -103,14 +107,14 @@ def test_no_file_is_in_two_splits_and_rarity_is_of_training():
 def test_the_verdict_is_the_intervals(gap, word):
     noise = (0.01, -0.01, 0.0)
     rows = [
-        {"method": name, "seed": seed, "metric": experiment.LOSS,
+        {"method": name, "seed": seed, "metric": methods_of.LOSS,
          "value": 2 + better + noise[seed] * bool(support), **support}
         for name, better, support in (
-            (experiment.NONE, 0.0, {}), (experiment.EXACT, gap, {"support": experiment.MAIN}))
+            (methods_of.NONE, 0.0, {}), (methods_of.EXACT, gap, {"support": methods_of.MAIN}))
         for seed in range(3)
     ]  # fmt: skip
-    summary = experiment.summarise(rows, baseline=experiment.NONE)
-    [said] = experiment.verdicts(summary)
+    summary = summarise(rows, baseline=methods_of.NONE)
+    [said] = page.verdicts(summary)
     assert word in said
 
 
@@ -118,7 +122,7 @@ def test_the_verdict_is_the_intervals(gap, word):
     ("change", "words"),
     [
         ({"support": 0}, "support=0: choose more than 0"),
-        ({"rates": ()}, "at least one to choose from"),
+        ({"rates": ()}, r"rates=.* choose more than 0"),
         ({"hole": 16}, "hole=16 leaves no context in a window of window=16"),
     ],
 )
@@ -134,5 +138,5 @@ def test_a_second_run_in_the_same_folder_is_refused_and_resuming_gives_the_same(
     before = read_results(run)["rows"]
     experiment.main(["--preset", "smoke", "--seeds", "1", "--out", str(run), "--resume"])
     after = read_results(run)["rows"]
-    keep = lambda rows: [r for r in rows if r["metric"] == experiment.LOSS]  # noqa: E731
+    keep = lambda rows: [r for r in rows if r["metric"] == methods_of.LOSS]  # noqa: E731
     assert keep(before) == keep(after)

@@ -106,7 +106,7 @@ def values(out, metric):
         ({"tasks": ("CB", "SQuAD")}, "tasks SQuAD: choose of BoolQ, CB"),
         ({"tasks": ("",)}, "tasks is empty"),
         ({"mlm_task": ("mlm",)}, "mlm_task mlm: choose of soft"),
-        ({"batch": 0}, "batch=0: at least 1"),
+        ({"batch": 0}, "batch=0: choose more than 0"),
         ({"steps": 5, "inner_steps": 2}, "steps=5 is no multiple of the 2 steps"),
         ({"steps": 4, "evaluations": 5}, "evaluations=5 is more than there are steps"),
         ({"mask_bug": True, "methods": ("mlm", "mask-only")}, "none of these methods has"),

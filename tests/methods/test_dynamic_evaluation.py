@@ -236,7 +236,7 @@ def test_a_meta_gradient_goes_through_what_is_carried_and_a_step_does_not():
 
 
 def test_a_decoder_with_its_cache_carried_over():
-    """Without learning, segments with the cache are the document as a whole; the cache is cut."""
+    """Without learning, segments with the cache are the document as a whole."""
     config = transformer.TransformerConfig(vocab=13, width=8, layers=2, heads=2, max_len=12)
     with jax.enable_x64(True):
 
