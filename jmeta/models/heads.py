@@ -17,6 +17,7 @@ from jmeta.models import blocks, losses
 Params = dict[str, Any]
 Batch: TypeAlias = Mapping[str, Array]
 
+NARROW = 32  # columns of a table up to which it is laid on its side
 LEAST_NORM = 1e-12  # what sentence embeddings are divided by at least
 
 
@@ -28,12 +29,31 @@ def logsumexp(scores: Array) -> Array:
 
 def unembed(flat: Array, table: Array) -> Array:
     """``[n, width]`` states to ``[n, vocab]`` scores, accumulated in at least float32."""
+    table, width = _laid_out(table.astype(flat.dtype))
     return jax.lax.dot_general(
         flat,
-        table.astype(flat.dtype),
-        (((1,), (1,)), ((), ())),
+        table,
+        (((1,), (width,)), ((), ())),
         preferred_element_type=blocks.accumulate(flat.dtype),
     )
+
+
+def mean_rows(shares: Array, table: Array) -> Array:
+    """``[n, vocab]`` shares to the ``[n, width]`` sums of a table's rows that they weigh."""
+    table, width = _laid_out(table)
+    return jax.lax.dot_general(shares, table, (((1,), (1 - width,)), ((), ())))
+
+
+def _laid_out(table: Array) -> tuple[Array, int]:
+    """A table ``[vocab, width]`` and the axis of its width: a narrow one is laid on its side.
+
+    The gradient of an upright table is a product with a result as narrow as the table, which XLA
+    computes on a CPU up to nine times slower than its transpose (``benchmarks/NOTES.md``). The
+    barrier is there for XLA, which would put the table up again.
+    """
+    if table.shape[1] > NARROW:
+        return table, 1
+    return jax.lax.optimization_barrier(table.T), 0
 
 
 def chunked_logsumexp(flat: Array, table: Array, bias: Array | None, chunk: int) -> Array:

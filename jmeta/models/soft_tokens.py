@@ -61,8 +61,9 @@ def lookup(
         found = tuple(jnp.take(table, tokens, axis=0, mode="clip") for table in tables)
         return found, (tokens == PAD).astype(tables[0].dtype)
     flat = tokens.reshape(-1, tokens.shape[-1]).astype(tables[0].dtype)
-    rows = ((flat @ table).reshape(*tokens.shape[:-1], table.shape[-1]) for table in tables)
-    return tuple(rows), tokens[..., PAD].astype(tables[0].dtype)
+    rows = (heads.mean_rows(flat, table) for table in tables)
+    found = tuple(each.reshape(*tokens.shape[:-1], each.shape[-1]) for each in rows)
+    return found, tokens[..., PAD].astype(tables[0].dtype)
 
 
 def _evaluated(
@@ -75,7 +76,7 @@ def _evaluated(
 
     def some(flat: Array) -> tuple[tuple[Array, ...], Array]:
         p = jax.nn.softmax(heads.unembed(flat, weights) + bias[None], axis=-1)
-        return tuple(p @ table for table in tables), p[:, PAD]
+        return tuple(heads.mean_rows(p, table) for table in tables), p[:, PAD]
 
     # As many entries as a chunk of the vocabulary has over all tokens: whole rows, so that each
     # row's softmax is taken at once.

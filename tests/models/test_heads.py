@@ -1,0 +1,78 @@
+"""Products with tables and random bits of dropout: what they are, and what they cost."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jmeta.models import blocks, heads
+
+DRAW = jax.random.normal
+
+
+@pytest.mark.parametrize("width", [3, heads.NARROW, heads.NARROW + 1])
+def test_products_with_a_table_are_plain_ones_at_every_order(x64, width):
+    states, table, moved = (DRAW(jax.random.key(i), (n, width)) for i, n in enumerate((4, 9, 9)))
+    shares = jax.nn.softmax(DRAW(jax.random.key(3), (4, 9)))
+
+    def ours(table):
+        scores = heads.unembed(states, table)
+        return jnp.sin(scores).sum() + (heads.mean_rows(shares, table) ** 3).sum()
+
+    def plain(table):
+        return jnp.sin(states @ table.T).sum() + ((shares @ table) ** 3).sum()
+
+    def all_orders(f):
+        gradient = jax.grad(f)
+        product = jax.grad(lambda table: (gradient(table) * moved).sum())
+        return f(table), gradient(table), jax.jvp(gradient, (table,), (moved,))[1], product(table)
+
+    for mine, theirs in zip(all_orders(ours), all_orders(plain), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_no_product_has_the_shape_of_a_narrow_table_which_is_slow_on_a_cpu():
+    states, table, shares = jnp.ones((40, 8)), jnp.ones((90, 8)), jnp.ones((40, 90))
+
+    def shapes(f, *args):
+        text = jax.jit(jax.grad(lambda *a: (f(*a) ** 2).sum(), argnums=1)).lower(*args)
+        return re.findall(r" = f32\[([\d,]+)\]\S* dot\(", text.compile().as_text())
+
+    for f, args in ((heads.unembed, (states, table)), (heads.mean_rows, (shares, table))):
+        found = shapes(f, *args)
+        assert "8,90" in found
+        assert "90,8" not in found
+
+
+@pytest.mark.parametrize("shape", [(300, 34), (100, 33), (5000, 1)])
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_zeroes_its_share_and_keeps_the_mean(x64, shape, rate):
+    x = 1 + DRAW(jax.random.key(1), shape) ** 2
+    dropped = np.asarray(blocks.dropout(x, rate, jax.random.key(0)))
+    gone = dropped == 0
+    spread = np.sqrt(rate * (1 - rate) / x.size)
+    assert abs(gone.mean() - rate) < 4 * spread
+    np.testing.assert_allclose(dropped[~gone], np.asarray(x)[~gone] / (1 - rate), rtol=1e-5)
+    # Both halves of a word decide, each by itself.
+    left, right = gone[:, : shape[1] // 2], gone[:, (shape[1] + 1) // 2 :]
+    if left.size:
+        agree = (left & right).mean()
+        assert abs(agree - rate**2) < 4 * np.sqrt(rate**2 * (1 - rate**2) / left.size)
+
+
+def test_dropout_divides_by_exactly_the_share_that_stays(x64):
+    # 3 of 65,536ths are the nearest to this rate.
+    kept = np.asarray(blocks.dropout(jnp.ones((1000, 40)), 5e-5, jax.random.key(0)))
+    np.testing.assert_allclose(kept[kept > 0], 1 / (1 - 3 / 2**16), rtol=1e-15)
+    # What cannot be told from none, and from all but one, is.
+    assert (blocks.dropout(jnp.ones((9, 4)), 1e-7, jax.random.key(0)) == 1).all()
+    assert np.isfinite(blocks.dropout(jnp.ones((9, 4)), 1 - 1e-9, jax.random.key(0))).all()
+
+
+def test_dropout_draws_half_a_word_for_an_entry():
+    text = str(
+        jax.make_jaxpr(lambda k: blocks.dropout(jnp.ones((4, 34)), 0.1, k))(jax.random.key(0))
+    )
+    assert re.findall(r"random_bits\[bit_width=32 shape=\(([\d, ]+)\)", text) == ["4, 17"]
