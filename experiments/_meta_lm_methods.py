@@ -17,7 +17,7 @@ import jmeta
 from experiments import _meta_lm_data as data_of
 from experiments import _teacher_shared as shared
 from experiments._meta_lm_data import Batch, Data
-from experiments._teacher_shared import HARD, SOFT
+from experiments._teacher_shared import HARD, MASKS, SOFT
 from jmeta import methods
 from jmeta.core.types import Array, Key, MetaGradient, PyTree
 from jmeta.methods.maml import learned_start
@@ -89,10 +89,9 @@ def build(config: Any, data: Data, name: str) -> Method:
             None,
         )
     rewriting, start = shared.rewriting(name, data.words, shape)
-    masks = name == "mask-only"
     asked = name in config.mlm_task
     sample = data_of.teacher_sample(
-        config, data, keep=("ordinary",) if masks else ("masked",),
+        config, data, keep=("ordinary",) if name in MASKS else ("masked",),
         mlm_task=asked, mask_bug=config.mask_bug and asked,
     )  # fmt: skip
 
@@ -115,7 +114,7 @@ def _meta_gradient(
     rewriting: methods.Rewriting,
 ) -> MetaGradient:
     options: dict[str, Any] = {"steps": config.inner_steps}
-    if name != "mask-only":
+    if name not in MASKS:
         options["auxiliary"] = methods.mlm_auxiliary(_supervised(config, shape))
     if config.vocab_chunk:
         options["microbatch"] = 1
@@ -126,7 +125,7 @@ def _meta_gradient(
             meta_weight=config.hard_weight, **options,
         )  # fmt: skip
     options["relax"] = shared.relaxation(name)
-    if config.vocab_chunk and name != "mask-only":
+    if config.vocab_chunk and name not in MASKS:
         # No pass may hold a distribution over the vocabulary for all tokens at once.
         lazy = functools.partial(teacher_lm.write_factors, shape)
         rewriting, options["relax"] = shared.kind_of(name)(lazy), methods.unevaluated

@@ -22,8 +22,10 @@ from jmeta.tasks.tokenizer import Unified
 
 Batch: TypeAlias = dict[str, Any]
 
-SOFT = ("soft", "input-only soft", "mask-only")
+MASKS = ("mask-only", "mask-budget")  # what chooses positions, and what chooses them alone
+SOFT = ("soft", "input-only soft", *MASKS)
 HARD = ("hard", "input-only hard")
+MASKED = 0.15  # the share of positions that MLM masks, and that mask teachers start from
 
 
 def named(setting: str, asked: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
@@ -61,10 +63,11 @@ def rewriting(
     name: str, words: Unified, shape: TransformerConfig
 ) -> tuple[methods.Rewriting, Callable[[Array], PyTree]]:
     """What the teacher of a method writes, and where its parameters start."""
-    if name == "mask-only":
+    if name in MASKS:
         scorer = functools.partial(teacher_lm.score, shape)
-        start = functools.partial(teacher_lm.init_scorer, shape, share=0.15)
-        return methods.masks_only(scorer, words.mask), start
+        start = functools.partial(teacher_lm.init_scorer, shape, share=MASKED)
+        share = MASKED if name == "mask-budget" else None
+        return methods.masks_only(scorer, words.mask, share=share), start
     teacher = methods.without(functools.partial(teacher_lm.write, shape), [words.pad])
     return kind_of(name)(teacher), functools.partial(teacher_lm.init_teacher, shape)
 
@@ -75,7 +78,7 @@ def kind_of(name: str) -> Callable[[Any], methods.Rewriting]:
 
 
 def soft_weight(config: Any, name: str) -> float:
-    """The weight of a method's meta-gradient; mask-only has no other loss, so any will do."""
+    """The weight of a method's meta-gradient; of masks there is no other loss, so any will do."""
     return config.input_weight if name == "input-only soft" else config.soft_weight
 
 
@@ -84,7 +87,7 @@ def relaxation(name: str) -> Relaxation:
 
     The mean of a token and [MASK] shows the student the token: it would learn to copy.
     """
-    return methods.straight_through if name == "mask-only" else methods.expected
+    return methods.straight_through if name in MASKS else methods.expected
 
 
 def monitor(
@@ -103,7 +106,7 @@ def monitor(
 
 def panel(name: str, shown: methods.Rewriting) -> Callable[[PyTree, Batch, Key], Batch]:
     """``(meta, unlabelled batch, key) -> what the teacher makes of it``."""
-    relax = expected if name in SOFT and name != "mask-only" else draw
+    relax = expected if name in SOFT and name not in MASKS else draw
 
     def write(meta: PyTree, batch: Batch, key: Key) -> Batch:
         return shown.write(of_heads(relax, shown.scores(meta, batch, None), key), batch)

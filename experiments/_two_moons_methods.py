@@ -15,7 +15,7 @@ import optax
 import jmeta
 from experiments import _teacher_shared as shared
 from experiments import _two_moons_data as data_of
-from experiments._teacher_shared import SOFT
+from experiments._teacher_shared import MASKS, SOFT
 from experiments._two_moons_data import Batch, Data
 from jmeta import methods
 from jmeta.core.types import Array, Episode, Key, MetaGradient, PyTree
@@ -24,7 +24,7 @@ from jmeta.models import masked_lm, teacher_lm
 from jmeta.models.transformer import TransformerConfig
 
 MLM = "mlm"
-METHODS = (MLM, "input-only soft", "mask-only", "soft", "hard", "input-only hard")
+METHODS = (MLM, "input-only soft", *MASKS, "soft", "hard", "input-only hard")
 NONE = "no pre-training"
 
 
@@ -84,7 +84,7 @@ def _mlm(config: Any, data: Data, shape: TransformerConfig, loss: Any) -> Method
 def _teacher(config: Any, data: Data, name: str, shape: TransformerConfig, loss: Any) -> Method:
     rewriting, start = shared.rewriting(name, data.words, shape)
     auxiliary = None
-    if name != "mask-only":
+    if name not in MASKS:
         writer = functools.partial(teacher_lm.write, shape)
         auxiliary = methods.mlm_auxiliary(methods.two_head_loss(writer))
     student = shared.student(config, shape, loss)
@@ -112,7 +112,7 @@ def _teacher(config: Any, data: Data, name: str, shape: TransformerConfig, loss:
 
     options_of_chunk: dict[str, Any] = {
         "inner_steps": config.inner_steps,
-        "keep": ("ordinary",) if name == "mask-only" else ("masked",),
+        "keep": ("ordinary",) if name in MASKS else ("masked",),
         "mlm_task": name in config.mlm_task,
         "mask_bug": config.mask_bug and name in config.mlm_task,
     }

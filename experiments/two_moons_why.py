@@ -68,6 +68,7 @@ VARIANTS: dict[str, Variant] = {
     ),
     "input-only soft": Variant("input-only soft", {}),
     "mask-only": Variant("mask-only", {}),
+    "mask-budget": Variant("mask-budget", {}),
 }  # fmt: skip
 # What the last evaluation of pre-training says of student and teacher.
 MONITORS = ("mlm_accuracy", "labels_entropy", "inputs_entropy", "inputs_copied", "cosine")

@@ -38,6 +38,7 @@ from jmeta.methods.learned_mixture import (
 )
 from jmeta.methods.maml import fomaml, learned_start, maml, reptile
 from jmeta.methods.maml_plus_plus import annealed, maml_plus_plus, maml_plus_plus_init
+from jmeta.methods.mask_budget import within_budget
 from jmeta.methods.meta_pseudo_labels import labelled_auxiliary, meta_pseudo_labels
 from jmeta.methods.meta_sgd import learned_rates, meta_sgd, meta_sgd_init
 from jmeta.methods.objective_sampler import (
@@ -230,5 +231,6 @@ __all__ = [
     "weight_head",
     "weight_slopes",
     "with_head",
+    "within_budget",
     "without",
 ]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jmeta.core.inner import keys
 from jmeta.core.types import Array, Key, PyTree
+from jmeta.methods.mask_budget import within_budget
 
 Batch: TypeAlias = dict[str, Any]
 Outcomes: TypeAlias = dict[str, Array]
@@ -102,7 +103,7 @@ def inputs_only(teacher: Network) -> Rewriting:
     )
 
 
-def masks_only(teacher: Network, mask_token: int) -> Rewriting:
+def masks_only(teacher: Network, mask_token: int, *, share: float | None = None) -> Rewriting:
     """The teacher chooses which positions to mask; the student finds the masked tokens again.
 
     In expectation an input is the mean of the token and [MASK], weighted by the probability, which
@@ -112,6 +113,8 @@ def masks_only(teacher: Network, mask_token: int) -> Rewriting:
     Args:
         teacher: ``(meta, batch, key) -> [examples, time]``: the log-odds of masking.
         mask_token: the id of [MASK].
+        share: the mean probability of masking over the positions of each example, which leaves the
+            teacher to choose the places (``within_budget``); None: it chooses how many, too.
 
     Returns:
         A ``Rewriting`` with the head ``masked``, whose two outcomes are to leave and to mask. Where
@@ -123,10 +126,15 @@ def masks_only(teacher: Network, mask_token: int) -> Rewriting:
         >>> pseudo = teacher.write({"masked": jnp.array([[0, 1]])}, batch)
         >>> pseudo["tokens"].tolist(), pseudo["labels"].tolist(), pseudo["weights"].tolist()
         ([[5, 1]], [[5, 6]], [[0.0, 1.0]])
+
+    Raises:
+        ValueError: when traced, if ``share`` is not between 0 and 1.
     """
 
     def scores(meta: PyTree, batch: Batch, key: Key) -> Outcomes:
         odds = teacher(meta, batch, key)
+        if share is not None:
+            odds = within_budget(odds, counts(batch), share)
         return {"masked": jnp.stack([jnp.zeros_like(odds), odds], axis=-1)}
 
     def write(made: Outcomes, batch: Batch) -> Batch:

@@ -1,0 +1,103 @@
+"""Masks within a budget: the share is met, and the shift that meets it has exact derivatives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from teacher_world import VOCAB, episodes, estimated, loss, scored, start, student
+
+from jmeta import methods
+from jmeta.methods import within_budget
+from jmeta.testing import central_differences, relative_error
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+ODDS = np.random.default_rng(0).normal(size=(3, 7))
+COUNTS = np.array([[1, 1, 1, 1, 1, 1, 1], [1, 0, 1, 1, 1, 0, 0], [0, 0, 1, 0, 0, 0, 0]], float)
+
+
+def shares(odds, counts):
+    return (np.asarray(jax.nn.sigmoid(odds)) * counts).sum(-1) / counts.sum(-1)
+
+
+@pytest.mark.parametrize("share", [0.001, 0.15, 0.5, 0.99])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 50.0, 1e4])
+def test_the_share_is_met(share, scale):
+    found = within_budget(scale * ODDS, COUNTS, share)
+    np.testing.assert_allclose(shares(found, COUNTS), share, rtol=1e-9)
+    moved = found - scale * ODDS
+    np.testing.assert_allclose(moved - moved[:, :1], 0, atol=1e-11 * max(1, scale))
+    # What is the same for all positions changes nothing.
+    again = within_budget(scale * ODDS + 3, COUNTS, share)
+    np.testing.assert_allclose(again, found, rtol=1e-9, atol=1e-9)
+
+
+def test_float32_and_examples_without_positions():
+    odds = (30 * ODDS).astype(np.float32)
+    found = within_budget(odds, COUNTS, 0.15)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(shares(found, COUNTS), 0.15, rtol=1e-4)
+    none = COUNTS * np.array([[1], [0], [1]])
+
+    def loss(odds):
+        return jnp.sin(within_budget(odds, none, 0.15)).sum()
+
+    for values in (loss(odds), jax.grad(loss)(odds), jax.grad(loss)(jnp.full_like(odds, 1e30))):
+        assert np.isfinite(values).all()
+
+
+def test_derivatives_are_those_of_the_equation():
+    def value(odds):
+        return (jnp.sin(2 * within_budget(odds, COUNTS, 0.3)) * np.cos(ODDS)).sum()
+
+    found = within_budget(ODDS, COUNTS, 0.3)
+    p = jax.nn.sigmoid(found)
+    slope = COUNTS * p * (1 - p)
+    outer = 2 * jnp.cos(2 * found) * np.cos(ODDS)
+    closed = outer - outer.sum(-1, keepdims=True) * slope / slope.sum(-1, keepdims=True)
+    towards = np.sin(5 * ODDS)
+
+    def along(f):
+        return lambda odds: (jax.grad(f)(odds) * towards).sum()
+
+    # Of the first, the second and the third order.
+    assert relative_error(jax.jit(jax.grad(value))(ODDS), closed) < 1e-12
+    for f in (along(value), along(along(value))):
+        exact = jax.jit(jax.grad(f))(ODDS)
+        assert relative_error(exact, central_differences(f, jnp.asarray(ODDS))) < 1e-6
+        forward = jax.jit(lambda x, f=f: jax.jvp(f, (x,), (towards,))[1])(ODDS)
+        np.testing.assert_allclose(forward, (exact * towards).sum(), rtol=1e-10)
+
+
+def test_a_teacher_within_a_budget_follows_the_exact_gradient():
+    def odds(meta, batch, key):
+        return meta["odds"][batch["tokens"]] + meta["place"][None]
+
+    meta = {"odds": jnp.linspace(-1.0, 1.0, VOCAB), "place": jnp.array([0.3, -0.4])}
+    data = episodes()
+    teacher = methods.masks_only(odds, mask_token=1, share=0.4)
+    found = estimated(methods.soft_teacher(student(), teacher), meta, data)
+
+    def value(meta):
+        def one(episode):
+            scores = teacher.scores(meta, episode.support, None)
+            p = jax.nn.softmax(scores["masked"])[..., 1]
+            tokens = episode.support["tokens"]
+            mixed = (1 - p)[..., None] * jax.nn.one_hot(tokens, VOCAB)
+            mixed = mixed + p[..., None] * jax.nn.one_hot(jnp.ones_like(tokens), VOCAB)
+            pseudo = {**episode.support, "tokens": mixed, "labels": tokens, "weights": p}
+            slope = jax.grad(lambda w: loss(w, pseudo, None)[0])(start())
+            after = jax.tree.map(lambda w, g: w - 0.3 * g, start(), slope)
+            return scored(after, episode)
+
+        return jnp.mean(jax.vmap(one)(data))
+
+    assert relative_error(found[0], central_differences(value, meta)) < 1e-6
+    # Of a shift of all positions nothing is left.
+    assert abs(float(found[0]["place"].sum())) < 1e-12 < float(jnp.abs(found[0]["place"]).max())
+
+
+def test_what_no_share_is():
+    for share in (0.0, 1.0, -0.1, 15):
+        with pytest.raises(ValueError, match="no share of positions between 0 and 1"):
+            within_budget(ODDS, COUNTS, share)
