@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jmeta.core.types import Array, Key
 from jmeta.models import blocks, heads
+from jmeta.models.dropout import dropout
 from jmeta.models.heads import Batch
 
 Params = dict[str, Any]
@@ -187,7 +188,7 @@ def hidden(config: BertConfig, params: Params, batch: Batch, key: Key = None) ->
     x = x.astype(x.dtype if config.dtype is None else config.dtype)
     first, rest = heads.split(key)
     x = blocks.layer_norm(x, params["embed"]["ln"], config.eps)
-    x = blocks.dropout(x, config.dropout, first)
+    x = dropout(x, config.dropout, first)
     allowed = blocks.visible(False, mask, time)
     x = blocks.over_layers(config, blocks.post_norm, allowed, x, heads.stacks(params), rest)
     return x.reshape(*lead, time, config.width)
@@ -340,8 +341,8 @@ def _transformed(config: BertConfig, head: Params, states: Array) -> Array:
 def _class_scores(config: BertConfig, head: Params, first: Array, key: Key) -> Array:
     before, after = heads.split(key)
     if config.kind == "roberta":
-        first = blocks.dropout(first, config.head_dropout, before)
+        first = dropout(first, config.head_dropout, before)
     dense = blocks.linear(first, head["dense"])
     dense = jax.nn.relu(dense) if config.kind == "distilbert" else jnp.tanh(dense)
-    scores = blocks.linear(blocks.dropout(dense, config.head_dropout, after), head["out"])
+    scores = blocks.linear(dropout(dense, config.head_dropout, after), head["out"])
     return scores.astype(blocks.accumulate(scores.dtype))

@@ -14,11 +14,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jmeta.core.types import Array, Key
 from jmeta.models import taps
+from jmeta.models.dropout import dropout
 
 Params = dict[str, Any]
 
 SCAN_FROM = 8  # layers: from here the compile time of a Python loop costs more than it saves
-_HALF = 2**16  # what a half of a random word may be
 MASKED = -1e30  # a score that softmax sends to exactly zero, finite so that no derivative is NaN
 
 _CHOICES = {
@@ -154,35 +154,6 @@ def layer_norm(x: Array, weights: Params, eps: float) -> Array:
 def gelu(x: Array, kind: str) -> Array:
     """The Gaussian error linear unit, ``"exact"`` or by its ``"tanh"`` approximation."""
     return jax.nn.gelu(x, approximate=kind == "tanh")
-
-
-def dropout(x: Array, rate: float, key: Key) -> Array:
-    """Inverted dropout; without a key, or at rate 0, the identity.
-
-    An entry is decided by 16 random bits, half of what ``jax.random.bernoulli`` draws for it, as
-    drawing them is what dropout costs: the rate is rounded to the nearest of 65,536ths, and what
-    stays is divided by just the share that stays, so that the mean is exact.
-
-    Args:
-        x: ``[..., n]``.
-        rate: the share of entries that become zero, in [0, 1).
-        key: a random key, or None.
-
-    Returns:
-        The shape and dtype of ``x``.
-
-    Example:
-        >>> kept = dropout(jnp.ones((1000, 3)), 0.25, jax.random.key(0))
-        >>> sorted(set(kept.ravel().tolist()))
-        [0.0, 1.3333333730697632]
-    """
-    if key is None or rate == 0:
-        return x
-    cut = min(round(rate * _HALF), _HALF - 1)
-    # Both halves of a word along the last axis, which keeps how the others are sharded.
-    words = jax.random.bits(key, (*x.shape[:-1], (x.shape[-1] + 1) // 2), jnp.uint32)
-    halves = jnp.concatenate([words % _HALF, words // _HALF], axis=-1)[..., : x.shape[-1]]
-    return jnp.where(halves >= cut, x / (1 - cut / _HALF), 0)
 
 
 def visible(causal: bool, mask: Array | None, time: int) -> Array | None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jmeta.core.types import Array, Key
 from jmeta.models import blocks, heads
+from jmeta.models.dropout import dropout
 from jmeta.models.heads import Batch
 
 Params = dict[str, Any]
@@ -313,7 +314,7 @@ def _trunk(config: GPT2Config, params: Params, rows: Array, batch: Batch, key: K
     x = x.reshape(-1, time, config.width)
     x = x.astype(x.dtype if config.dtype is None else config.dtype)
     first_key, rest = heads.split(key)
-    x = blocks.dropout(x, config.dropout, first_key)
+    x = dropout(x, config.dropout, first_key)
     allowed = blocks.visible(True, mask, time)
     x = blocks.over_layers(config, blocks.pre_norm, allowed, x, heads.stacks(params), rest)
     return blocks.layer_norm(x, params["ln_f"], config.eps).reshape(*lead, time, config.width)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jmeta.core.types import Array, Key
 from jmeta.models import blocks, heads, transformer
+from jmeta.models.dropout import dropout
 from jmeta.models.transformer import TransformerConfig
 
 Params = dict[str, Any]
@@ -279,15 +280,15 @@ def _trunk(
     x = x + jax.lax.slice_in_dim(params["embed"]["positions"], 0, time)[None]
     x = x.astype(x.dtype if config.dtype is None else config.dtype)
     keys = (None,) * 4 if key is None else tuple(jax.random.split(key, 4))
-    x = blocks.dropout(x, config.dropout, keys[0])
+    x = dropout(x, config.dropout, keys[0])
     first = params["first"]
     normal = blocks.layer_norm(x, first["ln1"], config.eps)
     branch = concatenation(config, context, first["concat"], normal)
-    x = x + blocks.dropout(branch, config.dropout, keys[1])
+    x = x + dropout(branch, config.dropout, keys[1])
     branch = blocks.feed_forward(
         config, first["mlp"], blocks.layer_norm(x, first["ln2"], config.eps)
     )
-    x = x + blocks.dropout(branch, config.dropout, keys[2])
+    x = x + dropout(branch, config.dropout, keys[2])
     if config.layers > 1:
         above = config._replace(layers=config.layers - 1)
         block = blocks.pre_norm if "attn" in params["blocks"] else blocks.feed_forward_alone

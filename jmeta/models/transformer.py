@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jmeta.core.types import Array, Key
 from jmeta.models import blocks, heads
+from jmeta.models.dropout import dropout
 
 Params = dict[str, Any]
 
@@ -279,7 +280,7 @@ def trunk(
     rest = None
     if key is not None and max(config.dropout, config.attention_dropout) > 0:
         first, rest = jax.random.split(key)
-        x = blocks.dropout(x, config.dropout, first)
+        x = dropout(x, config.dropout, first)
     allowed = blocks.visible(config.causal, mask, time)
     x = blocks.over_layers(config, blocks.pre_norm, allowed, x, [params["blocks"]], rest)
     return blocks.layer_norm(x, params["ln_f"], config.eps).reshape(*lead, time, width)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jmeta.models import blocks, heads
+from jmeta.models import heads
+from jmeta.models.dropout import dropout
 
 DRAW = jax.random.normal
 
@@ -50,7 +51,7 @@ def test_no_product_has_the_shape_of_a_narrow_table_which_is_slow_on_a_cpu():
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_dropout_zeroes_its_share_and_keeps_the_mean(x64, shape, rate):
     x = 1 + DRAW(jax.random.key(1), shape) ** 2
-    dropped = np.asarray(blocks.dropout(x, rate, jax.random.key(0)))
+    dropped = np.asarray(dropout(x, rate, jax.random.key(0)))
     gone = dropped == 0
     spread = np.sqrt(rate * (1 - rate) / x.size)
     assert abs(gone.mean() - rate) < 4 * spread
@@ -64,14 +65,14 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean(x64, shape, rate):
 
 def test_dropout_divides_by_exactly_the_share_that_stays(x64):
     # 3 of 65,536ths are the nearest to this rate.
-    kept = np.asarray(blocks.dropout(jnp.ones((1000, 40)), 5e-5, jax.random.key(0)))
+    kept = np.asarray(dropout(jnp.ones((1000, 40)), 5e-5, jax.random.key(0)))
     np.testing.assert_allclose(kept[kept > 0], 1 / (1 - 3 / 2**16), rtol=1e-15)
     # What cannot be told from none, and from all but one, is.
-    assert (blocks.dropout(jnp.ones((9, 4)), 1e-7, jax.random.key(0)) == 1).all()
-    assert np.isfinite(blocks.dropout(jnp.ones((9, 4)), 1 - 1e-9, jax.random.key(0))).all()
+    assert (dropout(jnp.ones((9, 4)), 1e-7, jax.random.key(0)) == 1).all()
+    assert np.isfinite(dropout(jnp.ones((9, 4)), 1 - 1e-9, jax.random.key(0))).all()
 
 
 def test_dropout_draws_half_a_word_for_an_entry():
-    traced = jax.make_jaxpr(lambda k: blocks.dropout(jnp.ones((4, 34)), 0.1, k))(jax.random.key(0))
+    traced = jax.make_jaxpr(lambda k: dropout(jnp.ones((4, 34)), 0.1, k))(jax.random.key(0))
     found = re.findall(r"random_bits\[bit_width=32 shape=\(([\d, ]+)\)", str(traced))
     assert found == ["4, 17"]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jmeta.models import blocks, transformer
+from jmeta.models.dropout import dropout
 from jmeta.testing import equations
 
 hidden, logits, pooled, next_token_loss, init = (
@@ -226,7 +227,7 @@ def test_dropout_follows_the_key():
     assert (run(jax.random.key(1)) == run(jax.random.key(1))).all()
     assert jnp.abs(run(jax.random.key(1)) - run(jax.random.key(2))).max() > 0.1
     # Inverted dropout: what is kept is scaled so that the mean stays.
-    dropped = blocks.dropout(jnp.ones((200, 200)), 0.25, jax.random.key(0))
+    dropped = dropout(jnp.ones((200, 200)), 0.25, jax.random.key(0))
     np.testing.assert_allclose(np.unique(dropped), [0, 4 / 3], rtol=1e-6)
     assert abs(dropped.mean() - 1) < 0.01
 
