@@ -50,12 +50,13 @@ def adamw(rate: Any, warmup: int) -> optax.GradientTransformation:
 
 
 def student(config: Any, shape: TransformerConfig, loss: Any) -> methods.Student:
-    """The student that a teacher teaches: AdamW on what is written, one plain step on support."""
+    """The student that a teacher teaches: AdamW on what is written, plain steps on support."""
     return methods.Student(
         loss,
         functools.partial(masked_lm.init, shape),
         adamw(config.rate, config.warmup),
         optax.chain(optim.clip_by_global_norm(5.0), optax.sgd(config.inner_rate)),
+        config.support_steps,
     )
 
 

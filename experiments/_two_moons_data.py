@@ -144,6 +144,7 @@ def teacher_chunk(
     keep: tuple[str, ...],
     mlm_task: bool,
     mask_bug: bool,
+    among_classes: bool,
 ) -> Episode:
     """Episodes of a teacher for the outer steps of a chunk.
 
@@ -162,6 +163,7 @@ def teacher_chunk(
         mlm_task: whether masked language modelling is a labelled task as well.
         mask_bug: count every position that is no padding, whether it has a label or not: the
             labels that are missing are then [PAD], a class like any other.
+        among_classes: score a point among the labels of its task, not the whole vocabulary.
 
     Returns:
         Leaves ``[steps, micro-batches, ...]``, as ``methods.soft_teacher`` takes them.
@@ -190,7 +192,11 @@ def teacher_chunk(
     if mask_bug:
         parts = [{**part, "weights": part["mask"]} for part in parts]
     # A micro-batch is scored on one task.
-    scored = Episode(*({k: v[:, :, None] for k, v in part.items()} for part in parts))
+    parts = [{k: v[:, :, None] for k, v in part.items()} for part in parts]
+    if among_classes:
+        classes = np.broadcast_to(np.asarray(label_tokens(data), np.int32), (steps, micro, 1, 2))
+        parts = [{**part, "classes": classes} for part in parts]
+    scored = Episode(*parts)
     return Episode(Steps(read) if inner else read, scored)
 
 

@@ -115,6 +115,7 @@ def _teacher(config: Any, data: Data, name: str, shape: TransformerConfig, loss:
         "keep": ("ordinary",) if name in MASKS else ("masked",),
         "mlm_task": name in config.mlm_task,
         "mask_bug": config.mask_bug and name in config.mlm_task,
+        "among_classes": config.among_classes,
     }
 
     def chunk(seed: int, number: int) -> Episode:

@@ -88,6 +88,8 @@ class Config(configuration.RunConfig):
     """Steps on rewritten text inside a teacher's step."""
     inner_rate: float = 0.1
     """Rate of the student's step on support examples inside a teacher's step."""
+    support_steps: int = 1
+    """How many of these; 0 scores the student as it is."""
     rate: float = 0.08
     """AdamW's rate of students and teachers before its inverse square root schedule: the peak is
     this over the root of warmup."""
@@ -137,6 +139,8 @@ class Config(configuration.RunConfig):
             "finetune_epochs", "finetune_steps", "finetune_batch", "evaluations",
             "validation_windows", "held_out_texts",
         )  # fmt: skip
+        if self.support_steps < 0:
+            raise ValueError(f"support_steps={self.support_steps}: 0 or more")
         if self.steps < self.inner_steps or self.steps % self.inner_steps:
             raise ValueError(
                 f"steps={self.steps} is no multiple of the {self.inner_steps} steps that a student "

@@ -78,6 +78,8 @@ class Config(configuration.RunConfig):
     """Outer steps until the peak."""
     inner_rate: float = 0.1
     """Rate of the student's step on labelled points inside a teacher's step."""
+    support_steps: int = 1
+    """How many of these; 0 scores the student as it is."""
     inner_steps: int = 1
     """Steps on rewritten text inside a teacher's step."""
     teacher_labels: int = 10
@@ -86,6 +88,9 @@ class Config(configuration.RunConfig):
     """Methods whose student is scored on MLM half of the time, on labelled points otherwise."""
     mask_bug: bool = False
     """Count the missing labels of MLM as a task as [PAD], as the published runs did."""
+    among_classes: bool = False
+    """Inside a teacher's step, score labelled points among the labels of their task, as they are
+    read in the end, and not among the whole vocabulary, as published."""
     soft_weight: float = 100.0
     """Weight of the soft teacher's meta-gradient beside its own MLM losses."""
     input_weight: float = 1.0
@@ -145,6 +150,13 @@ class Config(configuration.RunConfig):
         hard = [name for name in self.methods if name in HARD]
         if hard and self.baseline == "leave_one_out" and self.micro_batches < 2:
             raise ValueError("leave_one_out compares micro-batches: set micro_batches to 2 or more")
+        if self.among_classes and set(self.methods) & set(self.mlm_task):
+            raise ValueError(
+                "among_classes scores points among the labels of their task, but MLM, which has "
+                f"none, is a task of {', '.join(self.mlm_task)}: set mlm_task to nothing"
+            )
+        if self.support_steps < 0:
+            raise ValueError(f"support_steps={self.support_steps}: 0 or more")
         if self.mask_bug and not set(self.methods) & set(self.mlm_task):
             raise ValueError(
                 "mask_bug is about MLM as a labelled task, which none of these methods has: name "

@@ -1,4 +1,4 @@
-"""Why a teacher loses to MLM on Two Moons, or wins: soft and hard teachers with settings changed.
+"""Why a teacher loses to MLM on Two Moons, or wins: the teachers with settings changed.
 
 Every variant is pre-trained and fine-tuned as ``two_moons`` does; one that is done is kept.
 """
@@ -22,7 +22,7 @@ from jmeta.runtime import config as configuration
 from jmeta.runtime import distributed, figures, report
 from jmeta.runtime.statistics import summarise
 
-BASE, HARD = "soft", "hard"
+BASE, HARD, BUDGET = "soft", "hard", "mask-budget"
 
 
 class Variant(NamedTuple):
@@ -68,7 +68,12 @@ VARIANTS: dict[str, Variant] = {
     ),
     "input-only soft": Variant("input-only soft", {}),
     "mask-only": Variant("mask-only", {}),
-    "mask-budget": Variant("mask-budget", {}),
+    BUDGET: Variant("mask-budget", {}),
+    "among classes": Variant("mask-budget", {"among_classes": True}, BUDGET),
+    "ten support steps": Variant(
+        "mask-budget", {"among_classes": True, "support_steps": 10}, BUDGET,
+        "scored among classes too",
+    ),
 }  # fmt: skip
 # What the last evaluation of pre-training says of student and teacher.
 MONITORS = ("mlm_accuracy", "labels_entropy", "inputs_entropy", "inputs_copied", "cosine")
@@ -170,10 +175,10 @@ def write(config: Config, lost: Sequence[str] = ()) -> None:
     rows = [row for name, each in found.items() for row in rows_of(name, each, seeds)]
     summary: list[dict[str, Any]] = []
     pictures: list[tuple[str, tuple[Path, Path]]] = []
-    for base in (BASE, HARD):
+    for base in (BASE, HARD, BUDGET):
         mine = [name for name in found if VARIANTS[name].against == base]
-        if base == HARD:
-            mine = [HARD, *mine] if HARD in found and mine else mine
+        if base != BASE:
+            mine = [base, *mine] if base in found and mine else mine
         if not mine:
             continue
         baseline = base if base in found else mine[0]
@@ -183,8 +188,8 @@ def write(config: Config, lost: Sequence[str] = ()) -> None:
             caption = f"Test accuracy against {baseline}, by seed; filled where 0 is excluded."
             drawn = figures.forest(config.out / f"differences-{base}", accuracy, "accuracy")
             pictures.append((caption, drawn))
-        # The hard teacher stands in the first table, where it is compared with the soft one.
-        summary += [row for row in part if base == BASE or row["method"] != HARD]
+        # The other bases stand in the first table, where they are compared with the soft teacher.
+        summary += [row for row in part if base == BASE or row["method"] != base]
     report.write_results(config.out, rows, summary)
     report.print_table(summary)
     soft = ", ".join(name for name, variant in VARIANTS.items() if variant.method == "soft")

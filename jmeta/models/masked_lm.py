@@ -161,7 +161,9 @@ def loss(
         params: of ``init``.
         batch: as ``states`` takes it, and ``labels``: int ``[..., time]`` or a float distribution
             ``[..., time, vocab]`` that sums to one; ``weights`` ``[..., time]``: how much each
-            label counts, 0 where there is none. If they sum to zero, so does the loss.
+            label counts, 0 where there is none. If they sum to zero, so does the loss. With
+            ``classes`` int ``[k]``, which hold every label that counts, labels are scored among
+            these entries of the vocabulary alone.
         key: drives dropout; None is deterministic.
         chunk: entries of the vocabulary scored at a time; None: all.
 
@@ -195,6 +197,8 @@ def loss(
             f"the batch has tokens {transformed.shape[:-1]}, labels {targets.shape[:-1]} and "
             f"weights {weights.shape}: all three are [..., time]"
         )
+    if "classes" in batch:
+        table, bias = table[batch["classes"]], bias[batch["classes"]]
     value, total = heads.token_loss(transformed, table, targets, weights, (bias, picked), chunk)
     return value, {"tokens": total}
 

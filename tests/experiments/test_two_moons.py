@@ -52,6 +52,8 @@ def run(tmp_path_factory):
         ({"micro_batches": 1, "batch": 16}, "leave_one_out compares micro-batches"),
         ({"validation_sequences": 120}, "multiple of 50"),
         ({"devices": -1}, "devices are 0 or more"),
+        ({"among_classes": True}, "is a task of soft: set mlm_task to nothing"),
+        ({"support_steps": -1}, "support_steps=-1: 0 or more"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(fields, said):
@@ -132,7 +134,8 @@ def test_points_and_sequences_in_the_unified_format(data):
 
 
 def _chunk(data, **changed):
-    options = {"inner_steps": 1, "keep": ("masked",), "mlm_task": False, "mask_bug": False}
+    options = {"inner_steps": 1, "keep": ("masked",), "mlm_task": False, "mask_bug": False,
+               "among_classes": False}  # fmt: skip
     points = data_of.labelled(10, 0, fresh=False)
     return data_of.teacher_chunk(data, points, 0, 7, (20, 3, 4), **(options | changed)), points
 
@@ -155,6 +158,16 @@ def test_support_and_query_share_no_point_and_come_from_the_labelled_ones(data):
     assert set.union(*parts[1]) == known
     again, _ = _chunk(data)
     np.testing.assert_array_equal(again.query.query["tokens"], episode.query.query["tokens"])
+
+
+def test_points_are_scored_among_the_labels_of_their_task_if_asked(data):
+    plain, _ = _chunk(data)
+    among, _ = _chunk(data, among_classes=True)
+    for part, other in zip(among.query, plain.query, strict=True):
+        assert set(part) - set(other) == {"classes"}
+        assert part["classes"].shape == (20, 3, 1, 2)
+        assert (part["classes"] == data_of.label_tokens(data)).all()
+        assert set(np.unique(part["labels"])) == set(data_of.label_tokens(data))
 
 
 def test_mlm_is_a_task_half_of_the_time_and_the_mask_bug_counts_what_has_no_label(data):

@@ -53,7 +53,8 @@ def test_settings_that_cannot_be_are_refused(fields, said):
 def test_what_variants_left_becomes_one_table_against_soft_and_hard(tmp_path, capsys):
     config = dataclasses.replace(two_moons_why.PRESETS["smoke"], out=tmp_path)
     values = {"soft": (0.5, 0.7), "mask bug": (0.4, 0.65), "hard": (0.3, 0.4),
-              "hard as published": (0.4, 0.4)}  # fmt: skip
+              "hard as published": (0.4, 0.4), "mask-budget": (0.5, 0.5),
+              "among classes": (0.6, 0.8)}  # fmt: skip
     for name, accuracies in values.items():
         method = two_moons_why.VARIANTS[name].method
         file = two_moons.file_in(two_moons_why.folder_of(config, name), method)
@@ -80,8 +81,17 @@ def test_what_variants_left_becomes_one_table_against_soft_and_hard(tmp_path, ca
     assert by["hard", "accuracy"]["paired_difference"] == pytest.approx(-0.25)
     assert by["hard as published", "accuracy"]["baseline"] == "hard"
     assert by["hard as published", "accuracy"]["paired_difference"] == pytest.approx(0.05)
+    assert by["mask-budget", "accuracy"]["baseline"] == "soft"
+    assert by["among classes", "accuracy"]["baseline"] == "mask-budget"
+    assert by["among classes", "accuracy"]["paired_difference"] == pytest.approx(0.2)
     assert len(by) == len(results["summary"])  # each once
-    for name in ("differences-soft.png", "differences-hard.svg", "report.html", "metrics.jsonl"):
+    for name in (
+        "differences-soft.png",
+        "differences-hard.svg",
+        "differences-mask-budget.png",
+        "report.html",
+        "metrics.jsonl",
+    ):
         assert (tmp_path / name).stat().st_size > 0
     page = (tmp_path / "report.html").read_text()
     assert "Not in this run: mlm, MLM no task, first order" in page

@@ -100,6 +100,18 @@ def test_chunks_of_the_vocabulary_change_no_derivative(x64):
         heads.chunked_logsumexp(jnp.ones((2, 3)), jnp.ones((4, 3)), None, 0)
 
 
+def test_labels_among_classes_are_scored_by_the_softmax_over_them(x64):
+    found, classes = batch(), jnp.array([2, 7, 5])
+    found["labels"] = classes[found["labels"] % 3]
+    scores = masked_lm.logits(SHAPE, params(), found)[..., classes]
+    picked = jnp.take_along_axis(scores, (batch()["labels"] % 3)[..., None], -1)[..., 0]
+    each = jax.nn.logsumexp(scores, -1) - picked
+    expected = (each * found["mask"]).sum() / found["mask"].sum()
+    for chunk in (None, 2):
+        value = masked_lm.loss(SHAPE, params(), {**found, "classes": classes}, chunk=chunk)[0]
+        np.testing.assert_allclose(value, expected, rtol=1e-12)
+
+
 def test_a_distribution_that_is_not_multiplied_out_is_the_same(x64):
     rng = np.random.default_rng(5)
     at = {"states": rng.standard_normal((2, 6, 8)), "table": rng.standard_normal((11, 8))}
