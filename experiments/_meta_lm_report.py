@@ -156,8 +156,8 @@ def draw(config: Any, found: Found, summary: Sequence[Row]) -> list[Figure]:
     teachers = {name: each for name, each in found.items() if name not in (MLM, NONE)}
     panels = (
         ("query", teachers, "history", ("loss",), "query loss",
-         "The loss that a teacher descends: of its student on query examples, after one step on "
-         "support examples. Methods with MLM among their tasks have other queries."),
+         "The loss that a teacher descends: of its student on query examples, after its steps "
+         "on support examples. Methods with MLM among their tasks have other queries."),
         ("mlm", found, "looks", ("loss",), "MLM loss",
          "The students' loss of masked language modelling on held-out text; only MLM is trained "
          "on it."),
@@ -241,8 +241,9 @@ def _notes(config: Any, data: Data, found: Found) -> list[str]:
 
 _INTRO = """A small transformer is pre-trained on unlabelled text: by masked language modelling
 (MLM), or on what a teacher makes of the text. The teacher learns by how well its student does on a
-few labelled examples of the tasks after one step on as many others. Which pre-training helps to
-fine-tune on the tasks?
+few labelled examples of the tasks after a step (or several) on as many others. Which pre-training
+helps to fine-tune on the tasks?
 
 A soft teacher writes distributions over tokens and labels; an input-only one writes the tokens
-alone, and the labels are the text itself; a mask-only one chooses which tokens are hidden."""
+alone, and the labels are the text itself; a mask-only one chooses which tokens are hidden, and a
+mask-budget one which, but not how many."""

@@ -248,4 +248,5 @@ def collapses(found: Found, seeds: Sequence[int]) -> list[str]:
 _INTRO = """Points of two interleaved half circles on a grid of 64 x 64 are written as text, sixteen
 at a time, and a small transformer is pre-trained on them: by masked language modelling, or on what
 a teacher makes of them, which learns by how well the student does on a few labelled points after
-one step. Which pre-training helps to tell the two moons apart from few labelled points?"""
+a step, or several, on others. Which pre-training helps to tell the two moons apart from few
+labelled points?"""

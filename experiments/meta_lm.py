@@ -23,7 +23,7 @@ from experiments import _meta_lm_training as training
 from experiments._meta_lm_data import EMBEDDED, SUPERGLUE, Data
 from experiments._meta_lm_methods import METHODS, MLM, NONE, Method
 from experiments._shared import command_line, record, require_positive
-from experiments._teacher_shared import SOFT, named
+from experiments._teacher_shared import named
 from jmeta.data.sources import DataUnavailable
 from jmeta.models import masked_lm
 from jmeta.runtime import config as configuration
@@ -48,7 +48,7 @@ class Config(configuration.RunConfig):
     tasks: tuple[str, ...] = SUPERGLUE
     """Labelled tasks: names, superglue (all eight), or embedded (two tasks about the standard
     library, which need no data)."""
-    methods: tuple[str, ...] = (MLM, *SOFT)
+    methods: tuple[str, ...] = (MLM, "soft", "input-only soft", "mask-only")
     """Which are pre-trained by this call; those that are in the run directory already are kept."""
     pretrain_only: bool = False
     """Stop after pre-training; the same command without it goes on with --resume."""

@@ -67,16 +67,18 @@ VARIANTS: dict[str, Variant] = {
         HARD, "four settings differ",
     ),
     "input-only soft": Variant("input-only soft", {}),
-    "mask-only": Variant("mask-only", {}),
+    "mask-only": Variant("mask-only", {}, BUDGET, "its teacher chooses how many to mask, too"),
     BUDGET: Variant("mask-budget", {}),
     "among classes": Variant("mask-budget", {"among_classes": True}, BUDGET),
-    "ten support steps": Variant(
+    "ten support steps": Variant("mask-budget", {"support_steps": 10}, BUDGET),
+    "both": Variant(
         "mask-budget", {"among_classes": True, "support_steps": 10}, BUDGET,
-        "scored among classes too",
+        "scored among classes after ten support steps",
     ),
 }  # fmt: skip
 # What the last evaluation of pre-training says of student and teacher.
-MONITORS = ("mlm_accuracy", "labels_entropy", "inputs_entropy", "inputs_copied", "cosine")
+MONITORS = ("mlm_accuracy", "labels_entropy", "inputs_entropy", "inputs_copied", "cosine",
+            "mask_rate", "masked_entropy")  # fmt: skip
 
 
 def folder_of(config: Any, name: str) -> Path:

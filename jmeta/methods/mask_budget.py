@@ -1,6 +1,6 @@
 """Where to mask, apart from how much: log-odds shifted until a given share of positions is masked.
 
-A teacher judged by one step ahead masks nothing; under a budget all it can choose is the places.
+A teacher judged one step ahead may stop masking; within a budget it can choose the places alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def within_budget(odds: Array, counts: Array, share: float) -> Array:
     all positions of an example changes nothing.
 
     Args:
-        odds: ``[..., time]`` float.
+        odds: ``[..., time]`` float, finite.
         counts: ``[..., time]``, 1 at the positions that may be masked and 0 elsewhere; an example
             without any is shifted by a finite constant.
         share: :math:`\rho`, between 0 and 1.
@@ -48,14 +48,15 @@ def within_budget(odds: Array, counts: Array, share: float) -> Array:
     """
     if not 0 < share < 1:
         raise ValueError(f"share={share} is no share of positions between 0 and 1")
-    odds = jnp.asarray(odds)
-    weights = jnp.asarray(counts, odds.dtype)
+    dtype = jnp.result_type(odds)
+    odds = jnp.asarray(odds, dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32)
+    weights = jax.lax.stop_gradient(jnp.asarray(counts, odds.dtype))
     middle = math.log(share / (1 - share))
 
     def excess(odds: Array, shift: Array) -> Array:
         return (weights * (jax.nn.sigmoid(odds + shift[..., None]) - share)).sum(-1)
 
-    shift = jax.lax.stop_gradient(_bisected(excess, odds, weights > 0, middle))
+    shift = _bisected(excess, jax.lax.stop_gradient(odds), weights > 0, middle)
     # A step of Newton's method from the root changes no value, so it is taken in the derivatives
     # alone; each doubles the order up to which they are exact.
     for _ in range(2):
@@ -65,7 +66,7 @@ def within_budget(odds: Array, counts: Array, share: float) -> Array:
         missed = missed - jax.lax.stop_gradient(missed)
         # No slope is left where every probability is 0 or 1, and nothing depends on anything.
         shift = shift - missed / jnp.where(slope > 0, slope, 1)
-    return odds + shift[..., None]
+    return (odds + shift[..., None]).astype(dtype)
 
 
 def _bisected(

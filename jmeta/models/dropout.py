@@ -14,8 +14,8 @@ def dropout(x: Array, rate: float, key: Key) -> Array:
     """Inverted dropout; without a key, or at rate 0, the identity.
 
     An entry is decided by 16 random bits, half of what ``jax.random.bernoulli`` draws for it, as
-    drawing them is what dropout costs: the rate is rounded to the nearest of 65,536ths, and what
-    stays is divided by just the share that stays, so that the mean is exact.
+    drawing them is what dropout costs: the rate is rounded to 65,536ths, of which at most 65,535
+    are dropped, and what stays is divided by just the share that stays, which keeps the mean.
 
     Args:
         x: ``[..., n]``.
@@ -25,11 +25,16 @@ def dropout(x: Array, rate: float, key: Key) -> Array:
     Returns:
         The shape and dtype of ``x``.
 
+    Raises:
+        ValueError: the rate is not in [0, 1).
+
     Example:
         >>> kept = dropout(jnp.ones((1000, 3)), 0.25, jax.random.key(0))
         >>> sorted(set(kept.ravel().tolist()))
         [0.0, 1.3333333730697632]
     """
+    if not 0 <= rate < 1:
+        raise ValueError(f"a dropout rate of {rate} is not in [0, 1)")
     if key is None or rate == 0:
         return x
     cut = min(round(rate * _HALF), _HALF - 1)

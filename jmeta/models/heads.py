@@ -48,7 +48,7 @@ def _laid_out(table: Array) -> tuple[Array, int]:
     """A table ``[vocab, width]`` and the axis of its width: a narrow one is laid on its side.
 
     The gradient of an upright table is a product with a result as narrow as the table, which XLA
-    computes on a CPU up to nine times slower than its transpose (``benchmarks/NOTES.md``). The
+    computes on a CPU several times slower than its transpose (``benchmarks/NOTES.md``). The
     barrier is there for XLA, which would put the table up again.
     """
     if table.shape[1] > NARROW:

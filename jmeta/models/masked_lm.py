@@ -162,8 +162,9 @@ def loss(
         batch: as ``states`` takes it, and ``labels``: int ``[..., time]`` or a float distribution
             ``[..., time, vocab]`` that sums to one; ``weights`` ``[..., time]``: how much each
             label counts, 0 where there is none. If they sum to zero, so does the loss. With
-            ``classes`` int ``[k]``, which hold every label that counts, labels are scored among
-            these entries of the vocabulary alone.
+            ``classes`` int ``[k]``, without an axis of examples, labels are ids, and are scored
+            among these entries of the vocabulary alone; if one that counts is none of them, the
+            loss is NaN.
         key: drives dropout; None is deterministic.
         chunk: entries of the vocabulary scored at a time; None: all.
 
@@ -198,7 +199,10 @@ def loss(
             f"weights {weights.shape}: all three are [..., time]"
         )
     if "classes" in batch:
-        table, bias = table[batch["classes"]], bias[batch["classes"]]
+        classes = batch["classes"]
+        known = (labels[..., None] == classes.reshape((1,) * labels.ndim + (-1,))).any(-1)
+        picked = jnp.where(known | (weights == 0), picked, jnp.nan)
+        table, bias = table[classes], bias[classes]
     value, total = heads.token_loss(transformed, table, targets, weights, (bias, picked), chunk)
     return value, {"tokens": total}
 

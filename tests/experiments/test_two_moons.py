@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import _teacher_shared as shared
 from experiments import _two_moons_data as data_of
 from experiments import _two_moons_methods as methods_of
 from experiments import _two_moons_report as page
@@ -158,6 +159,25 @@ def test_support_and_query_share_no_point_and_come_from_the_labelled_ones(data):
     assert set.union(*parts[1]) == known
     again, _ = _chunk(data)
     np.testing.assert_array_equal(again.query.query["tokens"], episode.query.query["tokens"])
+
+
+def test_what_a_teacher_is_given_is_what_the_settings_say(data):
+    config = two_moons.Config(
+        methods=("mask-budget",), mlm_task=(), among_classes=True, support_steps=3, chunk=2,
+        samples=64, evaluations=1,
+    )  # fmt: skip
+    built = methods_of.build(config, data, "mask-budget")
+    episode = built.chunk(0, 0)
+    assert "classes" in episode.query.support
+    shape = methods_of.network(config, data)
+    assert shared.student(config, shape, None).support_steps == 3
+    # Whatever the teacher's body says, so much is masked of what may be.
+    rewriting, start = shared.rewriting("mask-budget", data.words, shape)
+    batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[0, 0]), episode.support)
+    meta = jax.tree.map(lambda leaf: 5 * leaf, start(jax.random.key(0)))
+    masked = jax.nn.softmax(jax.jit(rewriting.scores)(meta, batch, None)["masked"])[..., 1]
+    share = (masked * batch["ordinary"]).sum(-1) / batch["ordinary"].sum(-1)
+    np.testing.assert_allclose(share, 0.15, rtol=1e-4)
 
 
 def test_points_are_scored_among_the_labels_of_their_task_if_asked(data):

@@ -69,6 +69,23 @@ def test_derivatives_are_those_of_the_equation():
         np.testing.assert_allclose(forward, (exact * towards).sum(), rtol=1e-10)
 
 
+def test_the_search_for_the_shift_is_not_differentiated():
+    value = lambda odds: jnp.sin(within_budget(odds, COUNTS, 0.3)).sum()  # noqa: E731
+    loops = [str(e.params) for e in jax.make_jaxpr(jax.grad(value))(ODDS).eqns
+             if e.primitive.name in ("scan", "while")]  # fmt: skip
+    assert len(loops) == 1
+    assert "transpose" not in loops[0]
+    kept = [v.aval.shape for e in jax.make_jaxpr(jax.grad(value))(ODDS).eqns for v in e.outvars]
+    assert not [shape for shape in kept if shape[:1] == (60,)]
+
+
+def test_half_precision_is_met_as_well():
+    odds = jnp.asarray(np.random.default_rng(1).normal(size=(2, 512)), jnp.bfloat16)
+    found = within_budget(odds, np.ones((2, 512)), 0.15)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(shares(found, np.ones((2, 512))), 0.15, atol=3e-4)
+
+
 def test_a_teacher_within_a_budget_follows_the_exact_gradient():
     def odds(meta, batch, key):
         return meta["odds"][batch["tokens"]] + meta["place"][None]

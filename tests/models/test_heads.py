@@ -72,6 +72,12 @@ def test_dropout_divides_by_exactly_the_share_that_stays(x64):
     assert np.isfinite(dropout(jnp.ones((9, 4)), 1 - 1e-9, jax.random.key(0))).all()
 
 
+@pytest.mark.parametrize("rate", [-0.1, 1.0, 2.0])
+def test_a_rate_that_is_none_is_refused(rate):
+    with pytest.raises(ValueError, match=r"is not in \[0, 1\)"):
+        dropout(jnp.ones((2, 2)), rate, jax.random.key(0))
+
+
 def test_dropout_draws_half_a_word_for_an_entry():
     traced = jax.make_jaxpr(lambda k: dropout(jnp.ones((4, 34)), 0.1, k))(jax.random.key(0))
     found = re.findall(r"random_bits\[bit_width=32 shape=\(([\d, ]+)\)", str(traced))

@@ -110,6 +110,10 @@ def test_labels_among_classes_are_scored_by_the_softmax_over_them(x64):
     for chunk in (None, 2):
         value = masked_lm.loss(SHAPE, params(), {**found, "classes": classes}, chunk=chunk)[0]
         np.testing.assert_allclose(value, expected, rtol=1e-12)
+    found["labels"] = found["labels"].at[0, 0].set(3)  # one that is no class
+    assert jnp.isnan(masked_lm.loss(SHAPE, params(), {**found, "classes": classes})[0])
+    found["weights"] = found["weights"].at[0, 0].set(0)
+    assert jnp.isfinite(masked_lm.loss(SHAPE, params(), {**found, "classes": classes})[0])
 
 
 def test_a_distribution_that_is_not_multiplied_out_is_the_same(x64):
