@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from experiments import _camels_data as reading
 from experiments._camels_model import LEARNED, NONE, UNIFORM
 from experiments._camels_scoring import EXACT, F1, LOSS, MOVED
-from experiments._shared import Trained, learning_curve, write_metrics
+from experiments._shared import Trained, learning_curve, scored_row, write_metrics
 from jmeta.runtime import figures, report
 from jmeta.runtime.statistics import mean_ci, summarise
 
@@ -43,11 +41,11 @@ def rows_of(config: Any, each: Seed) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
 
     def add(method: str, metric: str, values: Any, **settings: Any) -> None:
-        values = np.asarray(values, float).reshape(-1)
-        row = {"method": method, "seed": each.seed, "metric": metric, "value": values.mean()}
-        if config.seeds == 1 and len(values) > 1:
-            row["values"] = values.tolist()
-        rows.append(row | settings | {"source": config.source})
+        rows.append(
+            scored_row(config, method, each.seed, metric, values)
+            | settings
+            | {"source": config.source}
+        )
 
     for metric in (LOSS, F1, EXACT, MOVED):
         for method, found in each.scores.items():

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from experiments._code_adaptation_methods import EXACT, FIRST, JOINT, LOSS, MAIN, NONE, TUNED
-from experiments._shared import Trained, learning_curve, write_metrics
+from experiments._shared import Trained, learning_curve, scored_row, write_metrics
 from jmeta.runtime import figures, report
 from jmeta.runtime.statistics import mean_ci, summarise
 
@@ -41,11 +39,7 @@ def rows_of(config: Any, each: Seed) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
 
     def add(method: str, metric: str, values: Any, **settings: Any) -> None:
-        values = np.asarray(values, float).reshape(-1)
-        row = {"method": method, "seed": each.seed, "metric": metric, "value": values.mean()}
-        if config.seeds == 1 and len(values) > 1:
-            row["values"] = values.tolist()
-        rows.append(row | settings)
+        rows.append(scored_row(config, method, each.seed, metric, values) | settings)
 
     for name, kinds in each.scores.items():
         for kind, values in kinds.items():

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import optax
 
 from jmeta.core.types import MetaGradient, PyTree
@@ -73,6 +74,13 @@ def require_positive(config: Any, *names: str) -> None:
         each = value if isinstance(value, tuple) else (value,)
         if not each or not all(number > 0 for number in each):
             raise ValueError(f"{name}={value}: choose more than 0")
+
+
+def scored_row(config: Any, method: str, seed: int, metric: str, values: Any) -> dict[str, Any]:
+    """A result row: the mean of values, and each of them where one seed is all there is."""
+    each = np.asarray(values, float).reshape(-1)
+    row = {"method": method, "seed": seed, "metric": metric, "value": each.mean()}
+    return row | ({"values": each.tolist()} if config.seeds == 1 and len(each) > 1 else {})
 
 
 def record(config: Any, *free: str) -> None:

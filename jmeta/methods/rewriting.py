@@ -120,15 +120,15 @@ def masks_only(teacher: Network, mask_token: int, *, share: float | None = None)
         A ``Rewriting`` with the head ``masked``, whose two outcomes are to leave and to mask. Where
         the batch has ``ordinary`` ``[examples, time]``, only its positions can be masked.
 
+    Raises:
+        ValueError: when traced, if ``share`` is not between 0 and 1.
+
     Example:
         >>> batch = {"tokens": jnp.array([[5, 6]]), "mask": jnp.array([[1.0, 1.0]])}
         >>> teacher = masks_only(lambda meta, batch, key: meta, mask_token=1)
         >>> pseudo = teacher.write({"masked": jnp.array([[0, 1]])}, batch)
         >>> pseudo["tokens"].tolist(), pseudo["labels"].tolist(), pseudo["weights"].tolist()
         ([[5, 1]], [[5, 6]], [[0.0, 1.0]])
-
-    Raises:
-        ValueError: when traced, if ``share`` is not between 0 and 1.
     """
 
     def scores(meta: PyTree, batch: Batch, key: Key) -> Outcomes:
