@@ -21,7 +21,7 @@ import jax
 from experiments import _two_moons_data as data_of
 from experiments import _two_moons_methods as methods_of
 from experiments import _two_moons_report as page
-from experiments._shared import command_line, record
+from experiments._shared import command_line, record, require_positive
 from experiments._teacher_shared import HARD, named
 from experiments._two_moons_methods import METHODS, MLM, NONE
 from experiments._two_moons_training import Diverged, Pretrained, pretrain
@@ -134,9 +134,11 @@ class Config(configuration.RunConfig):
                 raise ValueError(f"{n} labelled points cannot hold one of each moon: at least 2")
         if not self.label_counts or len(set(self.label_counts)) < len(self.label_counts):
             raise ValueError(f"label_counts {self.label_counts}: different numbers, at least one")
+        require_positive(
+            self, "batch", "micro_batches", "inner_steps", "chunk", "population",
+            "finetune_steps", "finetune_batch", "finetune_rates",
+        )  # fmt: skip
         per_dispatch = self.batch * self.micro_batches * self.inner_steps * self.chunk
-        if min(self.batch, self.micro_batches, self.inner_steps, self.chunk) < 1:
-            raise ValueError("batch, micro_batches, inner_steps and chunk are at least 1")
         if self.samples < per_dispatch or self.samples % per_dispatch:
             raise ValueError(
                 f"samples={self.samples} is no multiple of the {per_dispatch} sequences of a "
@@ -166,12 +168,8 @@ class Config(configuration.RunConfig):
             raise ValueError("validation_sequences and test_points are between 1 and 1000")
         if self.validation_sequences % min(50, self.validation_sequences):
             raise ValueError("validation_sequences above 50 are a multiple of 50")
-        if min(self.finetune_steps, self.finetune_batch, self.population) < 1:
-            raise ValueError("finetune_steps, finetune_batch and population are at least 1")
-        if min(self.restart_every, self.devices) < 0 or not self.finetune_rates:
-            raise ValueError(
-                "restart_every and devices are 0 or more, and finetune_rates are at least one"
-            )
+        if min(self.restart_every, self.devices) < 0:
+            raise ValueError("restart_every and devices are 0 or more")
 
     @property
     def outer_steps(self) -> int:

@@ -53,6 +53,8 @@ def run(tmp_path_factory):
         ({"micro_batches": 1, "batch": 16}, "leave_one_out compares micro-batches"),
         ({"validation_sequences": 120}, "multiple of 50"),
         ({"devices": -1}, "devices are 0 or more"),
+        ({"chunk": 0}, "chunk=0: choose more than 0"),
+        ({"finetune_rates": ()}, r"finetune_rates=\(\): choose more than 0"),
         ({"among_classes": True}, "is a task of soft: set mlm_task to nothing"),
         ({"support_steps": -1}, "support_steps=-1: 0 or more"),
     ],
