@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
-
+from experiments._shared import scored_row
 from jmeta.runtime import drawing, report
 from jmeta.runtime.statistics import summarise
 
@@ -29,10 +28,7 @@ def rows_of(config: Any, found: Mapping[int, Found]) -> list[dict[str, Any]]:
                 for what, metric in (("accuracy", ACCURACY), ("rarest", RARE)):
                     for index, values in enumerate(parts[what]):
                         count = config.ways + index * config.budget
-                        row = {"method": policy, "seed": seed, "metric": metric, "pool": kind,
-                               "value": float(np.mean(values))}  # fmt: skip
-                        if len(found) == 1:
-                            row["values"] = values
+                        row = scored_row(config, policy, seed, metric, values) | {"pool": kind}
                         if policy != ALL:
                             row["labels"] = count
                         if what == "accuracy" or (index == config.rounds and kind == "skewed"):

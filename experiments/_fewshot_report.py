@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments._shared import Trained
+from experiments._shared import Trained, scored_row
 from jmeta.core.types import Episode, PyTree
 from jmeta.runtime import figures, report
 from jmeta.runtime.statistics import mean_ci, summarise
@@ -60,11 +60,7 @@ def rows_of(config: Any, each: Seed, counts: Mapping[str, int]) -> list[dict[str
     rows: list[dict[str, Any]] = []
 
     def add(method: str, metric: str, values: Any, **settings: Any) -> None:
-        values = np.asarray(values, float).reshape(-1)
-        row = {"method": method, "seed": each.seed, "metric": metric, "value": values.mean()}
-        if config.seeds == 1 and len(values) > 1:
-            row["values"] = values.round(4).tolist()
-        rows.append(row | settings)
+        rows.append(scored_row(config, method, each.seed, metric, values) | settings)
 
     def mean(name: str) -> float:
         found = each.scored[name]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments._shared import write_metrics
+from experiments._shared import scored_row, write_metrics
 from jmeta.runtime import drawing, figures, report
 from jmeta.runtime.statistics import mean_ci, summarise
 
@@ -80,10 +80,7 @@ def rows_of(config: Any, each: Seed, bench: Any) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     hits = {name: found["hits"] for name, found in each.plans.items()} | each.baselines
     for name in sorted(hits, key=lambda name: -float(np.mean(hits[name]))):
-        row = {"method": name, "seed": each.seed, "metric": "SST-2 accuracy"}
-        row["value"] = float(np.mean(hits[name]))
-        if config.seeds == 1:
-            row["values"] = np.asarray(hits[name], int).tolist()
+        row = scored_row(config, name, each.seed, "SST-2 accuracy", hits[name])
         rows.append(row | {"sentences": len(hits[name])})
 
     def add(method: str, metric: str, value: float, **settings: Any) -> None:

@@ -22,7 +22,17 @@ from jmeta.data.cache import cache_key
 from jmeta.files import cache_dir, write_atomically
 from jmeta.methods.anil import learned_body
 from jmeta.methods.maml import learned_start
-from jmeta.models import bert, blocks, heads, lora, losses, partial, pretrained
+from jmeta.models import (
+    attention,
+    bert,
+    blocks,
+    heads,
+    lora,
+    losses,
+    partial,
+    pretrained,
+    primitives,
+)
 from jmeta.tasks import bpe, reviews
 from jmeta.tasks.tokenizer import Vocabulary, load_tokenizer, vocabulary
 
@@ -133,14 +143,16 @@ def read_first(config: bert.BertConfig, block: Params, states: Array, mask: Arra
     """
     count, width = states.shape[0], states.shape[2]
     per_head, layers, first = width // config.heads, block["attn"], states[:, 0]
-    query = blocks.linear(first, layers["query"]).reshape(count, config.heads, per_head)
+    query = primitives.linear(first, layers["query"]).reshape(count, config.heads, per_head)
     asked = _towards_input(query * per_head**-0.5, layers["key"])
     scores = jnp.einsum("nhw,ntw->nht", asked, states)
-    shares = blocks.masked_softmax(scores, (mask != 0)[:, None])
+    shares = attention.masked_softmax(scores, (mask != 0)[:, None])
     mixed = _per_head(jnp.einsum("nht,ntw->nhw", shares, states), layers["value"])
     mixed = mixed.reshape(count, width) + layers["value"]["bias"][None]
-    x = blocks.layer_norm(first + blocks.linear(mixed, layers["out"]), block["ln1"], config.eps)
-    return blocks.layer_norm(
+    x = primitives.layer_norm(
+        first + primitives.linear(mixed, layers["out"]), block["ln1"], config.eps
+    )
+    return primitives.layer_norm(
         x + blocks.feed_forward(config, block["mlp"], x), block["ln2"], config.eps
     )
 
@@ -167,9 +179,9 @@ def _per_head(x: Array, layer: Params) -> Array:
 
 def scores(config: bert.BertConfig, head: Params, first: Array) -> Array:
     """The classification head on the first position's state, ``[n, labels]``."""
-    dense = blocks.linear(first, head["dense"])
+    dense = primitives.linear(first, head["dense"])
     dense = jax.nn.relu(dense) if config.kind == "distilbert" else jnp.tanh(dense)
-    return blocks.linear(dense, head["out"])
+    return primitives.linear(dense, head["out"])
 
 
 def hidden_tokens(mask: Array, rate: float, key: Key) -> Array:
@@ -280,7 +292,7 @@ def _run_below(encoder: Encoder, encoded: reviews.Encoded) -> tuple[np.ndarray, 
     @jax.jit
     def run(tokens: Array, mask: Array) -> tuple[Array, Array]:
         states = bert.hidden(shape, encoder.below, {"tokens": tokens, "mask": mask})
-        allowed = blocks.visible(False, mask, tokens.shape[1])
+        allowed = attention.visible(False, mask, tokens.shape[1])
         last = blocks.post_norm(config, allowed, states, encoder.top["block"], None)
         return states.astype(jnp.float16), heads.mean_pool(last, mask)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments._fewshot_report import Figure, learning, phase_rows, print_phases
 from experiments._reviews_scoring import Scored
-from experiments._shared import Trained
+from experiments._shared import Trained, scored_row
 from jmeta.runtime import figures, report
 from jmeta.runtime.statistics import mean_ci, summarise
 from jmeta.tasks import reviews
@@ -62,11 +62,7 @@ def rows_of(
     rows: list[dict[str, Any]] = []
 
     def add(method: str, metric: str, values: Any, **settings: Any) -> None:
-        values = np.asarray(values, float).reshape(-1)
-        row = {"method": method, "seed": each.seed, "metric": metric, "value": values.mean()}
-        if config.seeds == 1 and len(values) > 1:
-            row["values"] = values.round(4).tolist()
-        rows.append(row | settings)
+        rows.append(scored_row(config, method, each.seed, metric, values) | settings)
 
     for shots in config.test_shots:
         found = {name: at[shots] for name, at in each.scored.items()}

@@ -77,10 +77,12 @@ def require_positive(config: Any, *names: str) -> None:
 
 
 def scored_row(config: Any, method: str, seed: int, metric: str, values: Any) -> dict[str, Any]:
-    """A result row: the mean of values, and each of them where one seed is all there is."""
+    """A result row: the mean of values, and each to six digits where one seed is all there is."""
     each = np.asarray(values, float).reshape(-1)
-    row = {"method": method, "seed": seed, "metric": metric, "value": each.mean()}
-    return row | ({"values": each.tolist()} if config.seeds == 1 and len(each) > 1 else {})
+    row = {"method": method, "seed": seed, "metric": metric, "value": float(each.mean())}
+    if config.seeds > 1 or len(each) == 1:
+        return row
+    return row | {"values": [float(f"{value:.6g}") for value in each]}
 
 
 def record(config: Any, *free: str) -> None:

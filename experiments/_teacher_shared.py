@@ -49,13 +49,18 @@ def adamw(rate: Any, warmup: int) -> optax.GradientTransformation:
     )
 
 
+def judge(rate: Any) -> optax.GradientTransformation:
+    """What moves a student on labelled points before a teacher is told how good it is."""
+    return optax.chain(optim.clip_by_global_norm(5.0), optax.sgd(rate))
+
+
 def student(config: Any, shape: TransformerConfig, loss: Any) -> methods.Student:
     """The student that a teacher teaches: AdamW on what is written, plain steps on support."""
     return methods.Student(
         loss,
         functools.partial(masked_lm.init, shape),
         adamw(config.rate, config.warmup),
-        optax.chain(optim.clip_by_global_norm(5.0), optax.sgd(config.inner_rate)),
+        judge(config.inner_rate),
         config.support_steps,
     )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,29 +17,27 @@ import numpy as np
 import optax
 
 import jmeta
+from experiments import _omniglot_report as page
+from experiments._omniglot_model import FEATURES, make_loss, make_problem
+from experiments._omniglot_report import STEPS
 from experiments._shared import (
     Trained,
     command_line,
-    learning_curve,
     record,
+    scored_row,
     train_method,
-    write_metrics,
 )
 from jmeta import methods
-from jmeta.core.types import Array, Episode, Key, Problem, PyTree
+from jmeta.core.types import Array, Episode, Problem, PyTree
 from jmeta.data.loader import episode_loader
 from jmeta.data.sources import DataUnavailable
-from jmeta.methods.maml import TaskLoss
-from jmeta.models import conv, losses
 from jmeta.runtime import config as configuration
-from jmeta.runtime import distributed, figures, report
+from jmeta.runtime import distributed
 from jmeta.runtime.evaluate import adaptation_values
-from jmeta.runtime.statistics import mean_ci, summarise
 from jmeta.tasks.episodes import FewShot, episodes
 from jmeta.tasks.omniglot import omniglot
 
 ESTIMATORS = {"maml": jmeta.mixed_mode, "fomaml": jmeta.first_order}
-STEPS = (0, 1, 2, 3, 5)
 RATES = (0.01, 0.05, 0.2, 1.0)
 # Seeds of the episodes; training takes the run's own, which are small.
 VALIDATION, CHOICE, TEST = 10**6, 10**6 + 1, 10**6 + 2
@@ -103,62 +100,6 @@ PRESETS = {
         validation_episodes=4, test_episodes=6,
     ),
 }  # fmt: skip
-
-
-def strided_features(params: PyTree, x: Array) -> Array:
-    """The MAML paper's network for Omniglot: ``jmeta.models.conv`` with strides, not pooling.
-
-    A quarter of the work, as every convolution gives only what its block keeps.
-
-    Args:
-        params: of ``conv.init``.
-        x: images ``[n, 28, 28, 1]``.
-
-    Returns:
-        ``[n, filters]``, the mean over the last block's 2 x 2 positions.
-    """
-    for name in sorted(params.keys() - {"head"}):
-        block = params[name]
-        n, height, width, channels = x.shape
-        high, wide = (height + 1) // 2, (width + 1) // 2
-        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        shifted = [
-            padded[:, i : i + 2 * high - 1 : 2, j : j + 2 * wide - 1 : 2]
-            for i in range(3)
-            for j in range(3)
-        ]
-        patches = jnp.concatenate(shifted, axis=-1).reshape(-1, 9 * channels)
-        y = (patches @ block["kernel"].reshape(9 * channels, -1)).reshape(n, high, wide, -1)
-        x = jax.nn.relu(conv.batch_norm(y, block["scale"], block["bias"]))
-    return x.mean((1, 2))
-
-
-FEATURES = {"stride": strided_features, "pool": conv.features}
-
-
-def make_loss(network: str) -> TaskLoss:
-    """Cross-entropy of a network, whose normalisation sees the whole batch."""
-
-    def loss(params: PyTree, batch: PyTree, key: Key) -> tuple[Array, PyTree]:
-        del key
-        head = params["head"]
-        logits = FEATURES[network](params, batch["x"]) @ head["kernel"] + head["bias"][None]
-        value = losses.cross_entropy(logits, batch["y"], batch["mask"])
-        return value, {"accuracy": losses.accuracy(logits, batch["y"], batch["mask"])}
-
-    return loss
-
-
-def make_problem(config: Config, key: Array) -> tuple[Problem, PyTree]:
-    """The problem that both estimators differentiate, and where its meta-parameters start."""
-    params = conv.init(key, config.ways, filters=config.filters)
-    # Nothing is known of the labels' order, so the scores start almost equal.
-    params["head"] = jax.tree.map(lambda leaf: 0.01 * leaf, params["head"])
-    loss = make_loss(config.network)
-    if not config.learned_rates:
-        return methods.learned_start(loss, optax.sgd(config.inner_lr)), params
-    rates = jmeta.optim.init_rates(params, config.inner_lr)
-    return methods.learned_rates(loss), {"start": params, "rates": rates}
 
 
 Curve = Callable[[PyTree, float, Episode], np.ndarray]
@@ -262,11 +203,7 @@ def evaluate_seed(
     curves: dict[str, np.ndarray] = {}
 
     def add(method: str, values: Any, **settings: Any) -> None:
-        values = np.asarray(values)
-        row = {"method": method, "seed": seed, "metric": "accuracy", "value": float(values.mean())}
-        if config.seeds == 1:
-            row["values"] = values.astype(float).round(6).tolist()
-        rows.append(row | settings)
+        rows.append(scored_row(config, method, seed, "accuracy", values) | settings)
 
     for method, run in trained.items():
         at = int(learned(run.meta, 0.0, choice).mean(0).argmax())
@@ -292,60 +229,6 @@ def evaluate_seed(
     return rows, curves
 
 
-def draw_figures(
-    config: Config,
-    summary: list[dict[str, Any]],
-    curves: list[dict[str, np.ndarray]],
-    histories: dict[str, list[list[dict[str, Any]]]],
-) -> list[tuple[str, tuple[Path, Path]]]:
-    """Adaptation curves, learning curves and paired differences."""
-    drawn: dict[str, figures.Curve] = {}
-    for method in curves[0]:
-        # Over seeds where there are several, else over episodes.
-        several = len(curves) > 1
-        values = np.stack([each[method].mean(0) for each in curves]) if several else None
-        values = curves[0][method] if values is None else values
-        found = [mean_ci(column) for column in values.T]
-        half = np.array([f.half_width for f in found], float)
-        drawn[method] = (STEPS, [f.mean for f in found], half)
-    for row in summary:
-        if row["metric"] == "accuracy" and row["method"] not in drawn:
-            drawn[row["method"]] = ([0], [row["mean"]], [row["ci95"] or 0.0])
-    where = f"{config.ways}-way 1-shot"
-    title = f"Omniglot {where}: evaluation characters"
-    made = [
-        (
-            f"Query accuracy after inner steps on the support, {where}, with 95 % intervals. "
-            "Methods that take no steps are dotted.",
-            figures.adaptation_curves(
-                config.out / "adaptation", drawn, "query accuracy", 1 / config.ways, title=title
-            ),
-        )
-    ]
-    learning: dict[str, figures.Curve] = {}
-    for method, runs in histories.items():
-        lines = [learning_curve(run, ["accuracy"], mean_ci) for run in runs]
-        found = [mean_ci(column) for column in np.array([line[1] for line in lines]).T]
-        half = None if len(runs) == 1 else np.array([f.half_width for f in found], float)
-        learning[method] = (lines[0][0], [f.mean for f in found], half)
-    if learning:
-        drawn_learning = figures.learning_curves(
-            config.out / "learning",
-            learning,
-            ylabel="validation query accuracy",
-            title=f"Omniglot {where}: held-out background alphabets",
-        )
-        caption = "Accuracy on held-out background alphabets during meta-training."
-        made.append((caption, drawn_learning))
-    made.append(
-        (
-            "Differences on the same episodes; filled where the interval excludes zero.",
-            figures.forest(config.out / "differences", summary, "accuracy"),
-        )
-    )
-    return made
-
-
 def run(config: Config) -> None:
     """Train, evaluate, and write the run directory."""
     record(config, "seeds", "first_seed")
@@ -354,7 +237,7 @@ def run(config: Config) -> None:
     except DataUnavailable as error:
         sys.exit(str(error))
     rows, curves = [], []
-    histories: dict[str, list[list[dict[str, Any]]]] = {method: [] for method in config.methods}
+    histories: page.Histories = {method: [] for method in config.methods}
     problem, loss = make_problem(config, jax.random.key(0))[0], make_loss(config.network)
     learned = make_curve(lambda rate: problem)  # its rates are its own
     plain = make_curve(lambda rate: methods.learned_start(loss, optax.sgd(rate)))
@@ -365,42 +248,8 @@ def run(config: Config) -> None:
         more, curve = evaluate_seed(config, seed, data, trained, learned, plain)
         rows += more
         curves.append(curve)
-    if not distributed.is_writer():
-        return  # the first tells what all have done
-    write_metrics(
-        config.out,
-        {f"{m}, seed {s}": h for m in histories
-         for s, h in zip(config.seed_list, histories[m], strict=True)},
-    )  # fmt: skip
-    settings = {
-        "ways": config.ways, "shots": 1, "filters": config.filters, "network": config.network,
-        "meta_steps": config.meta_steps, "inner_steps": config.inner_steps,
-        "statistics": "transductive",
-    }  # fmt: skip
-    rows = [row | settings for row in rows]
-    summary = summarise(rows, baseline=config.methods[0])
-    made = draw_figures(config, summary, curves, histories)
-    report.write_results(config.out, rows, summary)
-    report.print_table(summary)
-    report.write_report(
-        config.out,
-        f"Omniglot, {config.ways}-way 1-shot",
-        "Can a conv network, meta-trained on background alphabets, tell new characters apart "
-        "from one drawing of each? Exact MAML (mixed mode) and first order see the same episodes "
-        "for the same number of meta-steps.",
-        config,
-        summary,
-        made,
-        [
-            "Results are transductive: batch normalisation uses the statistics of the batch at "
-            "hand, so the query drawings of an episode are classified together.",
-            f"The checkpoint and the number of inner steps at test (of {list(STEPS)}) were chosen "
-            "on held-out background alphabets; so were rate and steps of fine-tuning without "
-            "meta-training. Evaluation alphabets chose nothing in this run.",
-            "Training CPU minutes are user and system time of the process: compilation, "
-            "validation and checkpoints included.",
-        ],
-    )
+    if distributed.is_writer():  # the first tells what all have done
+        page.write(config, rows, curves, histories)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

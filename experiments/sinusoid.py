@@ -18,7 +18,14 @@ import numpy as np
 import optax
 
 import jmeta
-from experiments._shared import command_line, learning_curve, record, train_method, write_metrics
+from experiments._shared import (
+    command_line,
+    learning_curve,
+    record,
+    scored_row,
+    train_method,
+    write_metrics,
+)
 from jmeta import methods
 from jmeta.core.types import Array, Episode, Info, Key, MetaGradient, Problem, PyTree
 from jmeta.models import losses, mlp
@@ -196,10 +203,7 @@ def evaluate(config: Config, trained: dict[str, PyTree]) -> list[dict[str, Any]]
     rows: list[dict[str, Any]] = []
 
     def add(method: str, seed: int, values: np.ndarray, **settings: Any) -> None:
-        row = {"method": method, "seed": seed, "metric": "mse", "value": float(values.mean())}
-        if config.seeds == 1:
-            row["values"] = values.tolist()
-        rows.append(row | settings)
+        rows.append(scored_row(config, method, seed, "mse", values) | settings)
 
     for shots in config.test_shots:
         test = tasks(config.test_tasks, shots, TEST)

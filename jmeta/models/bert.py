@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jmeta.core.types import Array, Key
-from jmeta.models import blocks, heads
+from jmeta.models import attention, block_config, blocks, heads, primitives
 from jmeta.models.dropout import dropout
 from jmeta.models.heads import Batch
 
@@ -182,14 +182,14 @@ def hidden(config: BertConfig, params: Params, batch: Batch, key: Key = None) ->
     """
     _check(config)
     tokens, mask = batch["tokens"], batch.get("mask")
-    blocks.check_length(tokens.shape, mask, config.max_len)
+    block_config.check_length(tokens.shape, mask, config.max_len)
     lead, time = tokens.shape[:-1], tokens.shape[-1]
     x = _embed(config, params["embed"], batch).reshape(-1, time, config.width)
     x = x.astype(x.dtype if config.dtype is None else config.dtype)
     first, rest = heads.split(key)
-    x = blocks.layer_norm(x, params["embed"]["ln"], config.eps)
+    x = primitives.layer_norm(x, params["embed"]["ln"], config.eps)
     x = dropout(x, config.dropout, first)
-    allowed = blocks.visible(False, mask, time)
+    allowed = attention.visible(False, mask, time)
     x = blocks.over_layers(config, blocks.post_norm, allowed, x, heads.stacks(params), rest)
     return x.reshape(*lead, time, config.width)
 
@@ -295,7 +295,7 @@ def loss(
 
 
 def _check(config: BertConfig) -> None:
-    blocks.check(config)
+    block_config.check(config)
     for name, allowed in {
         "kind": ("bert", "roberta", "distilbert"),
         "head": (None, "masked_lm", "classify", "spans"),
@@ -334,15 +334,15 @@ def _embed(config: BertConfig, tables: Params, batch: Batch) -> Array:
 
 def _transformed(config: BertConfig, head: Params, states: Array) -> Array:
     """What the masked language model sends through the transposed embedding."""
-    states = blocks.gelu(blocks.linear(states, head["dense"]), config.gelu)
-    return blocks.layer_norm(states, head["ln"], config.eps)
+    states = primitives.gelu(primitives.linear(states, head["dense"]), config.gelu)
+    return primitives.layer_norm(states, head["ln"], config.eps)
 
 
 def _class_scores(config: BertConfig, head: Params, first: Array, key: Key) -> Array:
     before, after = heads.split(key)
     if config.kind == "roberta":
         first = dropout(first, config.head_dropout, before)
-    dense = blocks.linear(first, head["dense"])
+    dense = primitives.linear(first, head["dense"])
     dense = jax.nn.relu(dense) if config.kind == "distilbert" else jnp.tanh(dense)
-    scores = blocks.linear(dropout(dense, config.head_dropout, after), head["out"])
-    return scores.astype(blocks.accumulate(scores.dtype))
+    scores = primitives.linear(dropout(dense, config.head_dropout, after), head["out"])
+    return scores.astype(primitives.accumulate(scores.dtype))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jmeta.core.types import Array, PyTree
-from jmeta.models import blocks, heads
+from jmeta.models import attention, block_config, blocks, heads, primitives
 
 Params = dict[str, Any]
 
@@ -31,7 +31,9 @@ class Past(NamedTuple):
     position: Array
 
 
-def empty(config: blocks.BlockConfig, capacity: int, dtype: Any = jnp.float32) -> dict[str, Array]:
+def empty(
+    config: block_config.BlockConfig, capacity: int, dtype: Any = jnp.float32
+) -> dict[str, Array]:
     """States of no tokens, for ``Past.states``.
 
     Args:
@@ -52,7 +54,7 @@ def empty(config: blocks.BlockConfig, capacity: int, dtype: Any = jnp.float32) -
     return {"keys": jnp.zeros(shape, dtype), "values": jnp.zeros(shape, dtype)}
 
 
-def none_yet(config: blocks.BlockConfig, capacity: int, dtype: Any = jnp.float32) -> Past:
+def none_yet(config: block_config.BlockConfig, capacity: int, dtype: Any = jnp.float32) -> Past:
     """The past at the start of a text.
 
     Args:
@@ -129,7 +131,7 @@ def hidden(
     """
     if not getattr(config, "causal", True):
         raise ValueError("a cache of the past needs causal=True: an encoder reads the future too")
-    blocks.check(config)
+    block_config.check(config)
     window = tokens.shape[0]
     place = past.position + jnp.arange(window, dtype=past.position.dtype)
     # NaN, not the last row over and over: a text longer than the model is a mistake to be seen.
@@ -143,8 +145,8 @@ def hidden(
 
     def block(x: Array, each: tuple[Params, Any, Any]) -> tuple[Array, Any]:
         layer, old, added = each
-        normal = blocks.layer_norm(x, layer["ln1"], config.eps)
-        q, k, v = blocks.project(config, layer["attn"], normal)
+        normal = primitives.layer_norm(x, layer["ln1"], config.eps)
+        q, k, v = attention.project(config, layer["attn"], normal)
         new = {"keys": k[0], "values": v[0]}
         if added is not None:
             new = jax.tree.map(lambda a, b: a + b.astype(a.dtype), new, added)
@@ -152,8 +154,8 @@ def hidden(
             jnp.concatenate([old[name].astype(x.dtype), new[name]], axis=1)[None]
             for name in ("keys", "values")
         )
-        x = x + blocks.mix(config, layer["attn"], q, k, v, allowed)
-        normal = blocks.layer_norm(x, layer["ln2"], config.eps)
+        x = x + attention.mix(config, layer["attn"], q, k, v, allowed)
+        normal = primitives.layer_norm(x, layer["ln2"], config.eps)
         return x + blocks.feed_forward(config, layer["mlp"], normal), new
 
     stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *heads.stacks(params))
@@ -161,7 +163,7 @@ def hidden(
     unroll = config.layers if blocks.loop_kind(config) == "unroll" else 1
     x, new = jax.lax.scan(block, x, (stacked, *by_layer), unroll=unroll)
     new = jax.tree.map(lambda leaf: jnp.transpose(leaf, (2, 0, 1, 3)), new)
-    return blocks.layer_norm(x, params["ln_f"], config.eps)[0], new
+    return primitives.layer_norm(x, params["ln_f"], config.eps)[0], new
 
 
 def token_losses(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jmeta.core.types import Array
-from jmeta.models import blocks
+from jmeta.models import attention, block_config, blocks, primitives
 
 Params = dict[str, Any]
 
@@ -42,23 +42,23 @@ def hidden_and_keys(
     Source: Khandelwal et al., "Generalization through Memorization: Nearest Neighbor Language
     Models" (2020), section 5: of all places in the model this one worked best.
     """
-    blocks.check(config)
-    blocks.check_length(tokens.shape, mask, config.max_len)
+    block_config.check(config)
+    block_config.check_length(tokens.shape, mask, config.max_len)
     lead, time = tokens.shape[:-1], tokens.shape[-1]
     flat = tokens.reshape(-1, time)
     x = jnp.take(params["embed"]["tokens"], flat, axis=0, mode="clip")
     x = x + jax.lax.slice_in_dim(params["embed"]["positions"], 0, time)[None]
     x = x.astype(x.dtype if config.dtype is None else config.dtype)
-    allowed = blocks.visible(getattr(config, "causal", True), mask, time)
+    allowed = attention.visible(getattr(config, "causal", True), mask, time)
     below = jax.tree.map(lambda leaf: leaf[:-1], params["blocks"])
     if config.layers > 1:
         config_below = config._replace(layers=config.layers - 1)
         x = blocks.over_layers(config_below, blocks.pre_norm, allowed, x, [below], None)
     last = jax.tree.map(lambda leaf: leaf[-1], params["blocks"])
-    normal = blocks.layer_norm(x, last["ln1"], config.eps)
-    x = x + blocks.attend(config, last["attn"], normal, allowed)
-    keys = blocks.layer_norm(x, last["ln2"], config.eps)
+    normal = primitives.layer_norm(x, last["ln1"], config.eps)
+    x = x + attention.attend(config, last["attn"], normal, allowed)
+    keys = primitives.layer_norm(x, last["ln2"], config.eps)
     x = x + blocks.feed_forward(config, last["mlp"], keys)
-    states = blocks.layer_norm(x, params["ln_f"], config.eps)
+    states = primitives.layer_norm(x, params["ln_f"], config.eps)
     shape = (*lead, time, config.width)
     return states.reshape(shape), keys.reshape(shape)

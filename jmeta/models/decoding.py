@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jmeta.core.types import Array
-from jmeta.models import blocks, heads
+from jmeta.models import attention, block_config, blocks, heads, primitives
 from jmeta.models.gpt2 import GPT2Config
 from jmeta.models.transformer import TransformerConfig
 
@@ -94,7 +94,7 @@ def extend(
         >>> bool(jnp.allclose(then[0, 0], whole[0, 2], atol=1e-5)), int(cache.length)
         (True, 3)
     """
-    blocks.check(config)
+    block_config.check(config)
     time, room = tokens.shape[1], cache.keys[0].shape[2]
     rows = jnp.take(params["embed"]["tokens"], tokens, axis=0, mode="clip")
     places = cache.length + jnp.arange(time, dtype=jnp.int32)
@@ -110,14 +110,14 @@ def extend(
     ]
     keys, values = list(cache.keys), list(cache.values)
     for i, layer in enumerate(layers):
-        normal = blocks.layer_norm(x, layer["ln1"], config.eps)
-        q, k, v = blocks.project(config, layer["attn"], normal)
+        normal = primitives.layer_norm(x, layer["ln1"], config.eps)
+        q, k, v = attention.project(config, layer["attn"], normal)
         keys[i] = jax.lax.dynamic_update_slice_in_dim(keys[i], k, cache.length, axis=2)
         values[i] = jax.lax.dynamic_update_slice_in_dim(values[i], v, cache.length, axis=2)
-        x = x + blocks.mix(config, layer["attn"], q, keys[i], values[i], allowed)
-        normal = blocks.layer_norm(x, layer["ln2"], config.eps)
+        x = x + attention.mix(config, layer["attn"], q, keys[i], values[i], allowed)
+        normal = primitives.layer_norm(x, layer["ln2"], config.eps)
         x = x + blocks.feed_forward(config, layer["mlp"], normal)
-    states = blocks.layer_norm(x, params["ln_f"], config.eps)
+    states = primitives.layer_norm(x, params["ln_f"], config.eps)
     # Beyond its room the cache has lost what it held: no number would be right.
     states = jnp.where(cache.length + time > room, jnp.nan, states)
     return states, Cache(tuple(keys), tuple(values), cache.length + time)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jmeta.core.types import Array, Key
-from jmeta.models import blocks, heads
+from jmeta.models import attention, block_config, blocks, heads, primitives
 from jmeta.models.dropout import dropout
 from jmeta.models.heads import Batch
 
@@ -237,8 +237,8 @@ def apply(config: GPT2Config, params: Params, batch: Batch, key: Key = None) -> 
     if config.head == "spans":
         return heads.span_scores(states, params["head"]["out"], mask)
     if config.head == "classify":
-        scores = blocks.linear(heads.last_token(states, mask), params["head"]["out"])
-        return scores.astype(blocks.accumulate(scores.dtype))
+        scores = primitives.linear(heads.last_token(states, mask), params["head"]["out"])
+        return scores.astype(primitives.accumulate(scores.dtype))
     table = params["embed"]["tokens"]
     scores = heads.unembed(states.reshape(-1, config.width), table)
     return scores.reshape(*states.shape[:-1], table.shape[0])
@@ -291,7 +291,7 @@ def loss(
 
 
 def _check(config: GPT2Config) -> None:
-    blocks.check(config)
+    block_config.check(config)
     allowed = (None, "causal_lm", "classify", "spans")
     if config.head not in allowed:
         raise ValueError(f"head={config.head!r}; choose one of {allowed}")
@@ -301,7 +301,7 @@ def _trunk(config: GPT2Config, params: Params, rows: Array, batch: Batch, key: K
     """Final hidden states ``[..., time, width]`` from embedding rows of that shape."""
     _check(config)
     tokens, mask = batch["tokens"], batch.get("mask")
-    blocks.check_length(tokens.shape, mask, config.max_len)
+    block_config.check_length(tokens.shape, mask, config.max_len)
     lead, time = tokens.shape[:-1], tokens.shape[-1]
     table, places = params["embed"]["positions"], batch.get("positions")
     if places is None and mask is not None:
@@ -315,6 +315,6 @@ def _trunk(config: GPT2Config, params: Params, rows: Array, batch: Batch, key: K
     x = x.astype(x.dtype if config.dtype is None else config.dtype)
     first_key, rest = heads.split(key)
     x = dropout(x, config.dropout, first_key)
-    allowed = blocks.visible(True, mask, time)
+    allowed = attention.visible(True, mask, time)
     x = blocks.over_layers(config, blocks.pre_norm, allowed, x, heads.stacks(params), rest)
-    return blocks.layer_norm(x, params["ln_f"], config.eps).reshape(*lead, time, config.width)
+    return primitives.layer_norm(x, params["ln_f"], config.eps).reshape(*lead, time, config.width)

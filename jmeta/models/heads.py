@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jmeta.core.types import Array, Key
-from jmeta.models import blocks, losses
+from jmeta.models import attention, losses, primitives
 
 Params = dict[str, Any]
 Batch: TypeAlias = Mapping[str, Array]
@@ -34,7 +34,7 @@ def unembed(flat: Array, table: Array) -> Array:
         flat,
         table,
         (((1,), (width,)), ((), ())),
-        preferred_element_type=blocks.accumulate(flat.dtype),
+        preferred_element_type=primitives.accumulate(flat.dtype),
     )
 
 
@@ -134,7 +134,7 @@ def token_loss(
     Returns:
         The loss and the sum of the weights, both at least float32.
     """
-    exact = blocks.accumulate(states.dtype)
+    exact = primitives.accumulate(states.dtype)
     flat = states.reshape(-1, states.shape[-1])
     rows = rows.reshape(flat.shape).astype(states.dtype).astype(exact)
     picked = (flat.astype(exact) * rows).sum(-1)
@@ -180,7 +180,7 @@ def mean_pool(states: Array, mask: Array | None) -> Array:
     Returns:
         ``[..., width]``, at least float32.
     """
-    states = states.astype(blocks.accumulate(states.dtype))
+    states = states.astype(primitives.accumulate(states.dtype))
     if mask is None:
         return states.mean(-2)
     # where, not multiplication: a sequence without tokens may hold anything at its positions.
@@ -244,9 +244,9 @@ def span_scores(states: Array, layer: Params, mask: Array | None) -> Array:
     Returns:
         ``[..., time, 2]``, at least float32.
     """
-    scores = blocks.linear(states, layer)
-    scores = scores.astype(blocks.accumulate(scores.dtype))
-    return scores if mask is None else jnp.where((mask != 0)[..., None], scores, blocks.MASKED)
+    scores = primitives.linear(states, layer)
+    scores = scores.astype(primitives.accumulate(scores.dtype))
+    return scores if mask is None else jnp.where((mask != 0)[..., None], scores, attention.MASKED)
 
 
 def span_loss(scores: Array, start: Array, end: Array) -> Array:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jmeta.core.types import Array, Key
-from jmeta.models import blocks, heads, transformer
+from jmeta.models import block_config, heads, primitives, transformer
 from jmeta.models.soft_tokens import PAD, embed, lookup
 from jmeta.models.transformer import TransformerConfig
 
@@ -56,7 +56,7 @@ def init_body(config: TransformerConfig, key: Array) -> Params:
         ``{"embed", "blocks", "ln_f"}`` as ``transformer.init`` lays them out, but every linear
         layer is ``{"kernel", "bias"}``; the row of [PAD] is zero.
     """
-    blocks.check(config)
+    block_config.check(config)
     layers, width = config.layers, config.width
     ff = config.ff or 4 * width
     keys = iter(jax.random.split(key, 6))
@@ -227,8 +227,8 @@ def init_head(config: TransformerConfig, key: Array) -> Params:
 
 def head_states(config: TransformerConfig, head: Params, states: Array) -> Array:
     """States ``[..., width]`` as a head's table scores them."""
-    states = blocks.gelu(blocks.linear(states, head["dense"]), config.gelu)
-    return blocks.layer_norm(states, head["ln"], config.eps)
+    states = primitives.gelu(primitives.linear(states, head["dense"]), config.gelu)
+    return primitives.layer_norm(states, head["ln"], config.eps)
 
 
 def head_scores(states: Array, table: Array, bias: Array) -> Array:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jmeta.core.types import Array, Key
-from jmeta.models import blocks, heads, transformer
+from jmeta.models import attention, block_config, blocks, heads, primitives, transformer
 from jmeta.models.dropout import dropout
 from jmeta.models.transformer import TransformerConfig
 
@@ -134,8 +134,8 @@ def concatenation(config: TransformerConfig, context: Context, layer: Params, x:
     Returns:
         ``[batch, time, width]``; position t depends on no later one.
     """
-    joined = blocks.linear(concatenated(context, layer, x), layer["up"])
-    return blocks.linear(blocks.gelu(joined, config.gelu), layer["down"])
+    joined = primitives.linear(concatenated(context, layer, x), layer["up"])
+    return primitives.linear(primitives.gelu(joined, config.gelu), layer["down"])
 
 
 def init(config: TransformerConfig, context: Context, key: Array) -> Params:
@@ -272,9 +272,9 @@ def _trunk(
 ) -> Array:
     if not config.causal:
         raise ValueError("Transformer-N is a decoder: it needs causal=True")
-    blocks.check(config)
+    block_config.check(config)
     _check(context)
-    blocks.check_length(rows.shape[:-1], None, config.max_len)
+    block_config.check_length(rows.shape[:-1], None, config.max_len)
     lead, (time, width) = rows.shape[:-2], rows.shape[-2:]
     x = rows.reshape(-1, time, width)
     x = x + jax.lax.slice_in_dim(params["embed"]["positions"], 0, time)[None]
@@ -282,16 +282,16 @@ def _trunk(
     keys = (None,) * 4 if key is None else tuple(jax.random.split(key, 4))
     x = dropout(x, config.dropout, keys[0])
     first = params["first"]
-    normal = blocks.layer_norm(x, first["ln1"], config.eps)
+    normal = primitives.layer_norm(x, first["ln1"], config.eps)
     branch = concatenation(config, context, first["concat"], normal)
     x = x + dropout(branch, config.dropout, keys[1])
     branch = blocks.feed_forward(
-        config, first["mlp"], blocks.layer_norm(x, first["ln2"], config.eps)
+        config, first["mlp"], primitives.layer_norm(x, first["ln2"], config.eps)
     )
     x = x + dropout(branch, config.dropout, keys[2])
     if config.layers > 1:
         above = config._replace(layers=config.layers - 1)
         block = blocks.pre_norm if "attn" in params["blocks"] else blocks.feed_forward_alone
-        allowed = blocks.visible(True, None, time)
+        allowed = attention.visible(True, None, time)
         x = blocks.over_layers(above, block, allowed, x, [params["blocks"]], keys[3])
-    return blocks.layer_norm(x, params["ln_f"], config.eps).reshape(*lead, time, width)
+    return primitives.layer_norm(x, params["ln_f"], config.eps).reshape(*lead, time, width)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jmeta.core.types import Array, Key
-from jmeta.models import bert, blocks, heads, losses
+from jmeta.models import attention, bert, heads, losses, primitives
 from jmeta.models.bert import BertConfig
 
 Params = dict[str, Any]
@@ -118,8 +118,8 @@ def masked_lm(
         labels = jnp.take_along_axis(labels, places, -1)
         states = jnp.take_along_axis(states, places[..., None], -2)
     head, table = params["heads"]["mlm"], params["embed"]["tokens"]
-    states = blocks.gelu(blocks.linear(states, head["dense"]), config.gelu)
-    states = blocks.layer_norm(states, head["ln"], config.eps)
+    states = primitives.gelu(primitives.linear(states, head["dense"]), config.gelu)
+    states = primitives.layer_norm(states, head["ln"], config.eps)
     rows = jnp.take(table, labels, axis=0, mode="clip")
     picked = jnp.take(head["bias"], labels, mode="clip")
     value, total = heads.token_loss(states, table, rows, weights, (head["bias"], picked))
@@ -151,7 +151,7 @@ def detection(
         0.7
     """
     states = bert.hidden(config, params, batch, key)
-    scores = blocks.linear(states, params["heads"][name]["out"])
+    scores = primitives.linear(states, params["heads"][name]["out"])
     value = losses.cross_entropy(scores, batch["labels"], batch["weights"])
     return value, {"accuracy": losses.accuracy(scores, batch["labels"], batch["weights"])}
 
@@ -181,7 +181,7 @@ def contrast(
             "give the config dropout or attention_dropout above 0"
         )
     states = bert.hidden(config, params, batch, batch["dropout"])
-    first = blocks.linear(states[..., 0, :], params["heads"]["sentence"]["dense"])
+    first = primitives.linear(states[..., 0, :], params["heads"]["sentence"]["dense"])
     return contrast_loss(jnp.tanh(first))
 
 
@@ -211,9 +211,9 @@ def contrast_loss(
     """
     if len(vectors) % 2:
         raise ValueError(f"{len(vectors)} rows are no pairs")
-    near = heads.unit(vectors.astype(blocks.accumulate(vectors.dtype)))
+    near = heads.unit(vectors.astype(primitives.accumulate(vectors.dtype)))
     scores = near @ near.T / temperature
-    scores = jnp.where(jnp.eye(len(vectors), dtype=bool), blocks.MASKED, scores)
+    scores = jnp.where(jnp.eye(len(vectors), dtype=bool), attention.MASKED, scores)
     twin = jnp.arange(len(vectors)) ^ 1
     return losses.cross_entropy(scores, twin), {"accuracy": losses.accuracy(scores, twin)}
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jmeta.core.types import Array, Key
-from jmeta.models import blocks
+from jmeta.models import attention, primitives
 from jmeta.models.masked_lm import (
     Batch,
     Params,
@@ -119,7 +119,7 @@ def write_factors(
     body = states(config, params, batch, key)
 
     def factors(head: Params) -> Params:
-        bias = jnp.where(jnp.arange(config.vocab) == PAD, blocks.MASKED, head["bias"])
+        bias = jnp.where(jnp.arange(config.vocab) == PAD, attention.MASKED, head["bias"])
         return {"states": head_states(config, head, body), "table": head["table"], "bias": bias}
 
     return {"inputs": factors(params["inputs"]), "labels": factors(params["labels"])}
@@ -137,4 +137,4 @@ def score(config: TransformerConfig, params: Params, batch: Batch, key: Key = No
     Returns:
         ``[..., time]``.
     """
-    return blocks.linear(states(config, params, batch, key), params["score"])[..., 0]
+    return primitives.linear(states(config, params, batch, key), params["score"])[..., 0]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jmeta.core.types import Array, Key
-from jmeta.models import blocks, heads
+from jmeta.models import attention, block_config, blocks, heads, primitives
 from jmeta.models.dropout import dropout
 
 Params = dict[str, Any]
@@ -90,7 +90,7 @@ def init(config: TransformerConfig, key: Array) -> Params:
         >>> params["blocks"]["attn"]["qkv"].shape
         (2, 8, 24)
     """
-    blocks.check(config)
+    block_config.check(config)
     layers, width = config.layers, config.width
     ff = config.ff or 4 * width
     keys = iter(jax.random.split(key, 6))
@@ -269,8 +269,8 @@ def trunk(
     Raises:
         ValueError: the sequence is longer than ``config.max_len``, or shapes disagree.
     """
-    blocks.check(config)
-    blocks.check_length(rows.shape[:-1], mask, config.max_len)
+    block_config.check(config)
+    block_config.check_length(rows.shape[:-1], mask, config.max_len)
     lead, (time, width) = rows.shape[:-2], rows.shape[-2:]
     if width != config.width:
         raise ValueError(f"embeddings have width {width}, the config says {config.width}")
@@ -281,6 +281,6 @@ def trunk(
     if key is not None and max(config.dropout, config.attention_dropout) > 0:
         first, rest = jax.random.split(key)
         x = dropout(x, config.dropout, first)
-    allowed = blocks.visible(config.causal, mask, time)
+    allowed = attention.visible(config.causal, mask, time)
     x = blocks.over_layers(config, blocks.pre_norm, allowed, x, [params["blocks"]], rest)
-    return blocks.layer_norm(x, params["ln_f"], config.eps).reshape(*lead, time, width)
+    return primitives.layer_norm(x, params["ln_f"], config.eps).reshape(*lead, time, width)

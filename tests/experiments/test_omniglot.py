@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import omniglot
+from experiments import _omniglot_model, omniglot
 from jmeta.core.types import Episode
 from jmeta.models import conv
 from jmeta.runtime.report import read_results
@@ -43,7 +43,7 @@ def test_strided_features_are_those_of_xla_convolutions():
         )  # fmt: skip
         expected = jax.nn.relu(conv.batch_norm(y, block["scale"], block["bias"]))
     assert expected.shape == (4, 2, 2, 6)
-    found = omniglot.strided_features(params, x)
+    found = _omniglot_model.strided_features(params, x)
     np.testing.assert_allclose(found, expected.mean((1, 2)), rtol=1e-5, atol=1e-5)
 
 

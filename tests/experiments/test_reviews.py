@@ -14,7 +14,7 @@ from experiments import _reviews_report as page
 from experiments import _reviews_scoring as scoring
 from experiments import reviews as experiment
 from jmeta.core.types import Episode
-from jmeta.models import bert, blocks, lora
+from jmeta.models import attention, bert, blocks, lora
 from jmeta.runtime import report
 from jmeta.testing import equations
 
@@ -114,7 +114,7 @@ def test_the_block_read_at_the_first_position_is_the_block_with_its_derivatives(
 
     def whole(layer, factors, states):
         layer = lora.attach({"block": layer}, factors, 0.5)["block"]
-        allowed = blocks.visible(False, mask, 7)
+        allowed = attention.visible(False, mask, 7)
         return blocks.post_norm(config, allowed, states, layer, None)[:, 0]
 
     def fast(layer, factors, states):

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from jmeta.methods.hidden_states import hidden_states
-from jmeta.models import cached, gpt2, transformer
+from jmeta.models import blocks, cached, gpt2, primitives, transformer
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -69,8 +69,8 @@ def test_less_room_is_sliding_attention(world):
     x = rows[None]
     for i in range(CONFIG.layers):
         layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"])
-        x = transformer.blocks.pre_norm(CONFIG, jnp.asarray(band)[None, None], x, layer, None)
-    states = transformer.blocks.layer_norm(x, params["ln_f"], CONFIG.eps)[0]
+        x = blocks.pre_norm(CONFIG, jnp.asarray(band)[None, None], x, layer, None)
+    states = primitives.layer_norm(x, params["ln_f"], CONFIG.eps)[0]
     scores = jax.nn.log_softmax(states @ params["embed"]["tokens"].T)
     whole = -np.take_along_axis(np.asarray(scores), np.asarray(tokens[1:])[:, None], 1)[:, 0]
     found, _ = read(optax.sgd(0.0), params, tokens, window=window, capacity=capacity)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from random_params import quick_jit, random_params
 
-from jmeta.models import bert, blocks, heads
+from jmeta.models import attention, bert, heads, primitives
 
 hidden, apply, loss, embed = (
     quick_jit(f, static_argnums=0) for f in (bert.hidden, bert.apply, bert.loss, bert.embed)
@@ -189,26 +189,26 @@ def second_order(f, x):
 @pytest.mark.parametrize("kind", ["tanh", "exact"])
 def test_gelu_has_a_second_derivative_everywhere(kind):
     x = jnp.array([-30.0, -3.0, -0.0, 0.0, 1e-30, 3.0, 30.0])
-    assert second_order(lambda x: (blocks.gelu(x, kind) ** 2).sum(), x) < 10
-    exact = jax.vmap(jax.grad(jax.grad(lambda x: blocks.gelu(x, kind))))(jnp.zeros(1))
+    assert second_order(lambda x: (primitives.gelu(x, kind) ** 2).sum(), x) < 10
+    exact = jax.vmap(jax.grad(jax.grad(lambda x: primitives.gelu(x, kind))))(jnp.zeros(1))
     close(exact, np.full(1, (2 / np.pi) ** 0.5 if kind == "tanh" else 2 * 0.3989423), 1e-5)
 
 
 def test_rows_that_see_nothing_have_finite_derivatives():
     scores = jnp.linspace(-3.0, 3.0, 8).reshape(1, 1, 2, 4)
     allowed = jnp.array([[True, True, False, True], [False] * 4])[None, None]
-    value = blocks.masked_softmax(scores, allowed)
+    value = attention.masked_softmax(scores, allowed)
     assert value[0, 0, 0, 2] == 0
     close(value[0, 0, 1], np.full(4, 0.25), 1e-6)
-    second_order(lambda s: (blocks.masked_softmax(s, allowed) ** 3).sum(), scores)
+    second_order(lambda s: (attention.masked_softmax(s, allowed) ** 3).sum(), scores)
 
 
 @pytest.mark.parametrize("eps", [1e-12, 1e-5])
 def test_normalisation_at_zero_variance_has_finite_derivatives(eps):
     weights = {"scale": jnp.ones(4), "bias": jnp.zeros(4)}
     x = jnp.full((1, 4), 3.0)
-    assert (blocks.layer_norm(x, weights, eps) == 0).all()
-    second_order(lambda x: (blocks.layer_norm(x, weights, eps) ** 3).sum(), x)
+    assert (primitives.layer_norm(x, weights, eps) == 0).all()
+    second_order(lambda x: (primitives.layer_norm(x, weights, eps) ** 3).sum(), x)
 
 
 def test_unit_vectors_at_zero_have_finite_derivatives():

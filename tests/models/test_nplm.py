@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jmeta.models import blocks, nplm, transformer
+from jmeta.models import attention, blocks, nplm, primitives, transformer
 from jmeta.testing import central_differences, relative_error
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -68,14 +68,14 @@ def test_transformer_n_is_its_definition():
     tokens = jax.random.randint(jax.random.key(3), (2, 9), 0, 11)
     first = params["first"]
     x = params["embed"]["tokens"][tokens] + params["embed"]["positions"][None, :9]
-    normal = blocks.layer_norm(x, first["ln1"], CONFIG.eps)
+    normal = primitives.layer_norm(x, first["ln1"], CONFIG.eps)
     joined = jnp.asarray(by_loops(CONTEXT, first["concat"], normal)) @ first["concat"]["up"]
-    x = x + blocks.gelu(joined, "tanh") @ first["concat"]["down"]
-    normal = blocks.layer_norm(x, first["ln2"], CONFIG.eps)
-    x = x + blocks.gelu(normal @ first["mlp"]["up"], "tanh") @ first["mlp"]["down"]
+    x = x + primitives.gelu(joined, "tanh") @ first["concat"]["down"]
+    normal = primitives.layer_norm(x, first["ln2"], CONFIG.eps)
+    x = x + primitives.gelu(normal @ first["mlp"]["up"], "tanh") @ first["mlp"]["down"]
     last = jax.tree.map(lambda leaf: leaf[0], params["blocks"])
-    x = blocks.pre_norm(CONFIG, blocks.visible(True, None, 9), x, last, None)
-    expected = blocks.layer_norm(x, params["ln_f"], CONFIG.eps)
+    x = blocks.pre_norm(CONFIG, attention.visible(True, None, 9), x, last, None)
+    expected = primitives.layer_norm(x, params["ln_f"], CONFIG.eps)
     found = hidden(CONFIG, CONTEXT, params, tokens)
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-10)
     weights = jax.random.uniform(jax.random.key(4), tokens.shape)
@@ -102,12 +102,12 @@ def test_nplm_is_its_definition_and_sees_no_further_than_its_context(loop):
     # The first layer is Transformer-N's; above it, each position by itself.
     first = params["first"]
     x = params["embed"]["tokens"][tokens] + params["embed"]["positions"][None, :12]
-    normal = blocks.layer_norm(x, first["ln1"], config.eps)
+    normal = primitives.layer_norm(x, first["ln1"], config.eps)
     x = x + nplm.concatenation(config, CONTEXT, first["concat"], normal)
     for layer in (first, *(jax.tree.map(lambda l, i=i: l[i], plain["blocks"]) for i in (0, 1))):
-        normal = blocks.layer_norm(x, layer["ln2"], config.eps)
-        x = x + blocks.gelu(normal @ layer["mlp"]["up"], "tanh") @ layer["mlp"]["down"]
-    expected = blocks.layer_norm(x, params["ln_f"], config.eps)
+        normal = primitives.layer_norm(x, layer["ln2"], config.eps)
+        x = x + primitives.gelu(normal @ layer["mlp"]["up"], "tanh") @ layer["mlp"]["down"]
+    expected = primitives.layer_norm(x, params["ln_f"], config.eps)
     np.testing.assert_allclose(run(tokens), expected, rtol=1e-10, atol=1e-10)
     # What is older than the last tokens and the window before them changes nothing.
     reach = CONTEXT.last + CONTEXT.window

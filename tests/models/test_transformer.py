@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jmeta.models import blocks, transformer
+from jmeta.models import attention, primitives, transformer
 from jmeta.models.dropout import dropout
 from jmeta.testing import equations
 
@@ -123,7 +123,7 @@ def test_fused_attention_is_the_same_function(causal):
 def test_gelu_is_the_one_named(gelu):
     x = jnp.linspace(-4.0, 4.0, 33)
     exact = np.array([0.5 * v * (1 + math.erf(v / 2**0.5)) for v in np.asarray(x)])
-    error = np.abs(np.asarray(blocks.gelu(x, gelu)) - exact).max()
+    error = np.abs(np.asarray(primitives.gelu(x, gelu)) - exact).max()
     assert error < 1e-6 if gelu == "exact" else 1e-5 < error < 1e-3
 
 
@@ -342,4 +342,4 @@ def test_wrong_arguments_are_refused():
 )
 def test_flash_attention_is_asked_for_where_it_exists(capability, dtype, time, per_head, kernel):
     q = jax.ShapeDtypeStruct((2, time, 2, per_head), dtype)
-    assert blocks.fused_kernel(capability, q, q) == kernel
+    assert attention.fused_kernel(capability, q, q) == kernel

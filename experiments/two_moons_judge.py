@@ -1,0 +1,194 @@
+"""What a teacher of Two Moons is told: the loss that it follows, of students with and without MLM.
+
+A teacher can only want what its judge prefers. Each judge (steps on labelled points, their rate,
+the classes of a label) scores the same students: pre-trained by MLM, and not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments import _two_moons_data as data_of
+from experiments import _two_moons_methods as methods_of
+from experiments import two_moons
+from experiments._shared import command_line, record, require_positive, write_metrics
+from experiments._teacher_shared import judge
+from experiments._two_moons_methods import MLM, NONE
+from experiments._two_moons_training import pretrain
+from jmeta.core.types import Array, Episode, PyTree
+from jmeta.models import masked_lm
+from jmeta.runtime import config as configuration
+from jmeta.runtime import distributed, figures, report
+from jmeta.runtime.statistics import summarise
+from jmeta.tasks.text import class_scores
+
+LOSS, ACCURACY = "query loss", "query accuracy"
+CLASSES = {"vocabulary": False, "two": True}  # of a label, by whether among_classes is set
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(configuration.RunConfig):
+    """What a teacher of Two Moons is told of students with and without MLM."""
+
+    seeds: int = 5
+    """Number of seeds, trained side by side."""
+    size: Literal["paper", "smoke"] = "paper"
+    """Whose networks, batches and labelled points: a preset of two_moons."""
+    samples: int = 64_000
+    """Sequences that MLM is trained on."""
+    support_steps: tuple[int, ...] = (1, 10, 100)
+    """Steps on labelled points before a student is scored on others."""
+    inner_rates: tuple[float, ...] = (0.1, 0.01)
+    """Their rates; the published judge takes one step at 0.1 and scores among the vocabulary."""
+    draws: int = 64
+    """How often each seed's labelled points are halved anew into support and query."""
+    devices: int = 0
+    """Devices that the seeds are spread over while they train; 0: all."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "support_steps", "inner_rates", "draws")
+        _ = self.setting  # which refuses what cannot be
+
+    @property
+    def setting(self) -> two_moons.Config:
+        """The configuration of the pre-training."""
+        return dataclasses.replace(
+            two_moons.PRESETS[self.size], seeds=self.seeds, first_seed=self.first_seed,
+            methods=(MLM,), samples=self.samples, evaluations=1, devices=self.devices,
+            resume=self.resume, out=self.out,
+        )  # fmt: skip
+
+
+PRESETS = {
+    "paper": Config(),
+    "smoke": Config(seeds=2, size="smoke", samples=32, support_steps=(1, 2), draws=3),
+}  # fmt: skip
+
+
+def students(config: Config, data: data_of.Data) -> dict[str, PyTree]:
+    """Students pre-trained by MLM and students that learned nothing, ``[seeds, ...]``."""
+    given = config.setting
+    method = methods_of.build(given, data, MLM)
+    trained = pretrain(given, data, MLM, method, config.out / MLM)
+    write_metrics(config.out, {MLM: trained.history})
+    return {NONE: two_moons.fresh_students(given, data), MLM: trained.latest}
+
+
+def labelled_episodes(config: Config, data: data_of.Data, seed: int, *, among: bool) -> Episode:
+    """Support and query of a teacher's episodes, leaves ``[draws, ...]``."""
+    given = config.setting
+    points = data_of.labelled(given.teacher_labels, seed, fresh=given.fresh_labels)
+    made = data_of.teacher_chunk(
+        data, points, seed, 0, (config.draws, 1, given.batch), inner_steps=1, keep=(),
+        mlm_task=False, mask_bug=False, among_classes=among,
+    )  # fmt: skip
+    return jax.tree.map(lambda leaf: leaf[:, 0, 0], made.query)
+
+
+def judged(
+    given: two_moons.Config, data: data_of.Data, steps: int
+) -> Callable[[PyTree, Episode, Array], tuple[Array, Array]]:
+    """``(student, episode, rate) -> (query loss, accuracy)`` after steps on the support."""
+    shape = methods_of.network(given, data)
+    loss = functools.partial(masked_lm.loss, shape)
+
+    def score(params: PyTree, episode: Episode, rate: Array) -> tuple[Array, Array]:
+        optimizer = judge(rate)
+
+        def step(carry: tuple[PyTree, Any], _: None) -> tuple[tuple[PyTree, Any], None]:
+            params, state = carry
+            grads = jax.grad(loss, has_aux=True)(params, episode.support)[0]
+            updates, state = optimizer.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        params = jax.lax.scan(step, (params, optimizer.init(params)), None, steps)[0][0]
+        query, tokens = episode.query, data_of.label_tokens(data)
+        said = class_scores(masked_lm.logits(shape, params, query), query["mask"], tokens)
+        right = jnp.asarray(tokens)[said.argmax(-1)] == query["labels"][:, 0]
+        return loss(params, query)[0], right.astype(jnp.float32).mean()
+
+    return score
+
+
+def rows_of(
+    config: Config, data: data_of.Data, students: dict[str, PyTree]
+) -> list[dict[str, Any]]:
+    """What each judge says of each student, the mean over the draws."""
+    rows: list[dict[str, Any]] = []
+    for classes, steps in itertools.product(CLASSES, config.support_steps):
+        each = [
+            labelled_episodes(config, data, seed, among=CLASSES[classes])
+            for seed in config.seed_list
+        ]
+        episodes = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
+        over_draws = jax.vmap(judged(config.setting, data, steps), in_axes=(None, 0, None))
+        program = jax.jit(jax.vmap(over_draws, in_axes=(0, 0, None)))
+        for rate, (name, params) in itertools.product(config.inner_rates, students.items()):
+            found = program(params, episodes, jnp.float32(rate))
+            settings = {"label among": classes, "support steps": steps, "rate": rate}
+            rows += [
+                {"method": name, "seed": seed, "metric": metric, "value": float(value)} | settings
+                for metric, values in zip((LOSS, ACCURACY), found, strict=True)
+                for seed, value in zip(config.seed_list, np.asarray(values).mean(1), strict=True)
+            ]
+    return rows
+
+
+def said_by(summary: Sequence[dict[str, Any]]) -> str:
+    """Which judges prefer students without pre-training, in a sentence."""
+    losses = [row for row in summary if row["metric"] == LOSS and row["method"] == MLM]
+    sure = {MLM: 0, NONE: 0}
+    for row in losses:
+        if row["paired_ci95"] is not None and abs(row["paired_difference"]) > row["paired_ci95"]:
+            sure[MLM if row["paired_difference"] < 0 else NONE] += 1
+    return (
+        f"Of {len(losses)} judges {sure[NONE]} have the lower loss for students without "
+        f"pre-training, and {sure[MLM]} for those of MLM; the intervals of the others hold zero."
+    )
+
+
+def run(config: Config) -> None:
+    """Pre-train by MLM, judge, and write the run directory."""
+    record(config, "devices", "support_steps", "inner_rates", "draws")
+    given = config.setting
+    data = data_of.load(given.validation_sequences, given.test_points)
+    rows = rows_of(config, data, students(config, data))
+    if not distributed.is_writer():
+        return
+    summary = summarise(rows, baseline=NONE)
+    report.write_results(config.out, rows, summary)
+    report.print_table(summary)
+    pictures = []
+    if config.seeds > 1:
+        caption = f"Query loss of students of MLM against {NONE}, by judge; filled where certain."
+        pictures.append((caption, figures.forest(config.out / "differences", summary, LOSS)))
+    notes = [
+        said_by(summary),
+        "Who says that a label is one of two, with equal chances, has a loss of "
+        f"{np.log(2):.2f}; among the whole vocabulary of {data.words.size} it is "
+        f"{np.log(data.words.size):.2f}.",
+    ]
+    intro = (__doc__ or "").partition("\n")[2].strip()
+    report.write_report(
+        config.out, "What a teacher is told", intro, config, summary, pictures, notes
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    two_moons.a_device_for_each_core()
+    command_line(PRESETS, run, argv)
+
+
+if __name__ == "__main__":
+    main()
