@@ -48,15 +48,26 @@ class Config(configuration.RunConfig):
     support_steps: tuple[int, ...] = (1, 10, 100)
     """Steps on labelled points before a student is scored on others."""
     inner_rates: tuple[float, ...] = (0.1, 0.01)
-    """Their rates; the published judge takes one step at 0.1 and scores among the vocabulary."""
-    draws: int = 64
-    """How often each seed's labelled points are halved anew into support and query."""
+    """Their rates. The published judge takes one step at 0.1 and scores among the vocabulary."""
+    labels: tuple[int, ...] = (10, 40, 160)
+    """Labelled points that a judge has, halved into support and query; published: 10."""
+    examples: tuple[int, ...] = (4, 20, 80)
+    """How many of each half it uses, for each number of labels; published: 4."""
+    draws: int = 32
+    """How often each seed's labelled points are halved anew."""
     devices: int = 0
     """Devices that the seeds are spread over while they train; 0: all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "support_steps", "inner_rates", "draws")
+        require_positive(self, "support_steps", "inner_rates", "examples", "draws")
+        if len(self.labels) != len(self.examples) or not all(
+            2 * each <= labels for labels, each in zip(self.labels, self.examples, strict=False)
+        ):
+            raise ValueError(
+                f"examples={self.examples} for labels={self.labels}: one number for each, and at "
+                "most half of it"
+            )
         _ = self.setting  # which refuses what cannot be
 
     @property
@@ -71,7 +82,8 @@ class Config(configuration.RunConfig):
 
 PRESETS = {
     "paper": Config(),
-    "smoke": Config(seeds=2, size="smoke", samples=32, support_steps=(1, 2), draws=3),
+    "smoke": Config(seeds=2, size="smoke", samples=32, support_steps=(1, 2), labels=(10,),
+                    examples=(4,), draws=3),
 }  # fmt: skip
 
 
@@ -84,12 +96,13 @@ def students(config: Config, data: data_of.Data) -> dict[str, PyTree]:
     return {NONE: two_moons.fresh_students(given, data), MLM: trained.latest}
 
 
-def labelled_episodes(config: Config, data: data_of.Data, seed: int, *, among: bool) -> Episode:
-    """Support and query of a teacher's episodes, leaves ``[draws, ...]``."""
-    given = config.setting
-    points = data_of.labelled(given.teacher_labels, seed, fresh=given.fresh_labels)
+def labelled_episodes(
+    config: Config, data: data_of.Data, seed: int, labels: int, examples: int, *, among: bool
+) -> Episode:
+    """Support and query of a teacher's episodes, leaves ``[draws, examples, ...]``."""
+    points = data_of.labelled(labels, seed, fresh=config.setting.fresh_labels)
     made = data_of.teacher_chunk(
-        data, points, seed, 0, (config.draws, 1, given.batch), inner_steps=1, keep=(),
+        data, points, seed, 0, (config.draws, 1, examples), inner_steps=1, keep=(),
         mlm_task=False, mask_bug=False, among_classes=among,
     )  # fmt: skip
     return jax.tree.map(lambda leaf: leaf[:, 0, 0], made.query)
@@ -125,9 +138,10 @@ def rows_of(
 ) -> list[dict[str, Any]]:
     """What each judge says of each student, the mean over the draws."""
     rows: list[dict[str, Any]] = []
-    for classes, steps in itertools.product(CLASSES, config.support_steps):
+    sizes = tuple(zip(config.labels, config.examples, strict=True))
+    for size, classes, steps in itertools.product(sizes, CLASSES, config.support_steps):
         each = [
-            labelled_episodes(config, data, seed, among=CLASSES[classes])
+            labelled_episodes(config, data, seed, *size, among=CLASSES[classes])
             for seed in config.seed_list
         ]
         episodes = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
@@ -135,7 +149,8 @@ def rows_of(
         program = jax.jit(jax.vmap(over_draws, in_axes=(0, 0, None)))
         for rate, (name, params) in itertools.product(config.inner_rates, students.items()):
             found = program(params, episodes, jnp.float32(rate))
-            settings = {"label among": classes, "support steps": steps, "rate": rate}
+            settings = {"labels": size[0], "label among": classes, "support steps": steps}
+            settings["rate"] = rate
             rows += [
                 {"method": name, "seed": seed, "metric": metric, "value": float(value)} | settings
                 for metric, values in zip((LOSS, ACCURACY), found, strict=True)
@@ -159,7 +174,7 @@ def said_by(summary: Sequence[dict[str, Any]]) -> str:
 
 def run(config: Config) -> None:
     """Pre-train by MLM, judge, and write the run directory."""
-    record(config, "devices", "support_steps", "inner_rates", "draws")
+    record(config, "devices", "support_steps", "inner_rates", "labels", "examples", "draws")
     given = config.setting
     data = data_of.load(given.validation_sequences, given.test_points)
     rows = rows_of(config, data, students(config, data))

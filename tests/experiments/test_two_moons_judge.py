@@ -28,7 +28,7 @@ def test_a_judge_says_what_a_teacher_follows(data, steps, rate, among):
     config = two_moons_judge.PRESETS["smoke"]
     given = two_moons.PRESETS["smoke"]
     params = jax.tree.map(lambda leaf: 5 * leaf[0], two_moons.fresh_students(given, data))
-    episodes = labelled_episodes(config, data, 0, among=among)
+    episodes = labelled_episodes(config, data, 0, 10, 4, among=among)
     settings = two_moons.Config(
         inner_rate=rate, support_steps=steps, among_classes=among, mlm_task=()
     )
@@ -49,7 +49,7 @@ def test_accuracy_is_that_of_the_label_with_the_greater_score(data):
     # Nothing but the bias of the head tells the two labels apart: all points are the first moon.
     first = data_of.label_tokens(data)[0]
     params["head"]["bias"] = params["head"]["bias"].at[first].set(50.0)
-    episodes = labelled_episodes(config, data, 0, among=True)
+    episodes = labelled_episodes(config, data, 0, 10, 4, among=True)
     score = jax.vmap(judged(given, data, 1), in_axes=(None, 0, None))
     _, right = jax.jit(score)(params, episodes, np.float32(0.0))
     share = (episodes.query["labels"][:, :, 0] == first).mean(1)
@@ -76,6 +76,8 @@ def test_verdicts_are_counted_where_they_are_certain():
         ({"support_steps": ()}, r"support_steps=\(\): choose more than 0"),
         ({"inner_rates": (0.1, 0.0)}, "inner_rates=.*: choose more than 0"),
         ({"draws": 0}, "draws=0"),
+        ({"labels": (10,), "examples": (6,)}, "at most half of it"),
+        ({"labels": (10, 20)}, "one number for each"),
         ({"samples": 1000}, "samples=1000 is no multiple"),
     ],
 )
