@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -151,11 +152,14 @@ def rows_of(
             found = program(params, episodes, jnp.float32(rate))
             settings = {"labels": size[0], "label among": classes, "support steps": steps}
             settings["rate"] = rate
+            means = {k: np.asarray(v).mean(1) for k, v in zip((LOSS, ACCURACY), found, strict=True)}
             rows += [
                 {"method": name, "seed": seed, "metric": metric, "value": float(value)} | settings
-                for metric, values in zip((LOSS, ACCURACY), found, strict=True)
-                for seed, value in zip(config.seed_list, np.asarray(values).mean(1), strict=True)
+                for metric, values in means.items()
+                for seed, value in zip(config.seed_list, values, strict=True)
             ]
+            said = ", ".join(f"{key} {value}" for key, value in settings.items())
+            print(f"{said}: {name} {means[LOSS].mean():.4g} nats", file=sys.stderr, flush=True)
     return rows
 
 
