@@ -50,9 +50,9 @@ class Config(configuration.RunConfig):
     """Steps on labelled points before a student is scored on others."""
     inner_rates: tuple[float, ...] = (0.1, 0.01)
     """Their rates. The published judge takes one step at 0.1 and scores among the vocabulary."""
-    labels: tuple[int, ...] = (10, 40, 160)
+    labels: tuple[int, ...] = (10, 40)
     """Labelled points that a judge has, halved into support and query; published: 10."""
-    examples: tuple[int, ...] = (4, 20, 80)
+    examples: tuple[int, ...] = (4, 20)
     """How many of each half it uses, for each number of labels; published: 4."""
     draws: int = 32
     """How often each seed's labelled points are halved anew."""
