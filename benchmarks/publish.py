@@ -1,6 +1,6 @@
 """Make a run citable: its numbers, command, figures and a page of tables under benchmarks/results.
 
-python -m benchmarks.publish runs/two_moons two_moons-paper --parts 'methods/*.json'
+For example ``python -m benchmarks.publish runs/two_moons two_moons-paper --parts methods/*.json``.
 """
 
 from __future__ import annotations
@@ -58,9 +58,8 @@ def publish(
     said = paragraphs(page) if said is None else said
     pictures = sorted(run.glob("*.png"))
 
-    for end in ("json", "run.json"):
-        source = "results.json" if end == "json" else end
-        write_atomically(results / f"{name}.{end}", (run / source).read_bytes())
+    for source, copy in (("results.json", f"{name}.json"), ("run.json", f"{name}.run.json")):
+        write_atomically(results / copy, (run / source).read_bytes())
     for picture in (*pictures, *sorted(run.glob("*.svg"))):
         write_atomically(results / f"{name}-{picture.name}", picture.read_bytes())
     for file in {file for files in kept.values() for file in files}:
@@ -73,8 +72,10 @@ def paragraphs(page: Path) -> str:
     if not page.exists():
         return ""
     blocks = page.read_text(encoding="utf-8").split("\n\n")
-    command = next(at for at, block in enumerate(blocks) if block.startswith("    "))
-    versions = next(at for at, block in enumerate(blocks) if block.startswith("jax "))
+    command = next((at for at, block in enumerate(blocks) if block.startswith("    ")), None)
+    versions = next((at for at, block in enumerate(blocks) if block.startswith("jax ")), None)
+    if command is None or versions is None:
+        raise ValueError(f"{page} names no command and versions: give what it says with --said")
     return "\n\n".join(blocks[command + 1 : versions])
 
 

@@ -16,7 +16,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from experiments import _two_moons_data as data_of
 from experiments import _two_moons_methods as methods_of
@@ -25,10 +24,12 @@ from experiments._shared import command_line, record, require_positive, write_me
 from experiments._teacher_shared import judge
 from experiments._two_moons_methods import MLM, NONE
 from experiments._two_moons_training import pretrain
-from jmeta.core.types import Array, Episode, PyTree
+from jmeta.core.types import Array, Episode, Key, PyTree
+from jmeta.methods.maml import learned_start
 from jmeta.models import masked_lm
 from jmeta.runtime import config as configuration
 from jmeta.runtime import distributed, figures, report
+from jmeta.runtime.evaluate import adaptation_values
 from jmeta.runtime.statistics import summarise
 from jmeta.tasks.text import class_scores
 
@@ -47,7 +48,7 @@ class Config(configuration.RunConfig):
     samples: int = 64_000
     """Sequences that MLM is trained on."""
     support_steps: tuple[int, ...] = (1, 10, 100)
-    """Steps on labelled points before a student is scored on others."""
+    """Steps on labelled points, increasing, before a student is scored on others."""
     inner_rates: tuple[float, ...] = (0.1, 0.01)
     """Their rates. The published judge takes one step at 0.1 and scores among the vocabulary."""
     labels: tuple[int, ...] = (10, 40)
@@ -110,26 +111,22 @@ def labelled_episodes(
 
 
 def judged(
-    given: two_moons.Config, data: data_of.Data, steps: int
-) -> Callable[[PyTree, Episode, Array], tuple[Array, Array]]:
-    """``(student, episode, rate) -> (query loss, accuracy)`` after steps on the support."""
+    given: two_moons.Config, data: data_of.Data, steps: Sequence[int]
+) -> Callable[[PyTree, Episode, Array], dict[str, Array]]:
+    """``(student, episode, rate) -> {LOSS, ACCURACY: [steps]}`` after steps on the support."""
     shape = methods_of.network(given, data)
     loss = functools.partial(masked_lm.loss, shape)
 
-    def score(params: PyTree, episode: Episode, rate: Array) -> tuple[Array, Array]:
-        optimizer = judge(rate)
+    def scored(params: PyTree, batch: PyTree, key: Key) -> tuple[Array, dict[str, Array]]:
+        tokens = data_of.label_tokens(data)
+        said = class_scores(masked_lm.logits(shape, params, batch), batch["mask"], tokens)
+        right = jnp.asarray(tokens)[said.argmax(-1)] == batch["labels"][:, 0]
+        return loss(params, batch, key)[0], {ACCURACY: right.astype(jnp.float32).mean()}
 
-        def step(carry: tuple[PyTree, Any], _: None) -> tuple[tuple[PyTree, Any], None]:
-            params, state = carry
-            grads = jax.grad(loss, has_aux=True)(params, episode.support)[0]
-            updates, state = optimizer.update(grads, state, params)
-            return (optax.apply_updates(params, updates), state), None
-
-        params = jax.lax.scan(step, (params, optimizer.init(params)), None, steps)[0][0]
-        query, tokens = episode.query, data_of.label_tokens(data)
-        said = class_scores(masked_lm.logits(shape, params, query), query["mask"], tokens)
-        right = jnp.asarray(tokens)[said.argmax(-1)] == query["labels"][:, 0]
-        return loss(params, query)[0], right.astype(jnp.float32).mean()
+    def score(params: PyTree, episode: Episode, rate: Array) -> dict[str, Array]:
+        problem = learned_start(loss, judge(rate), scored)
+        found = adaptation_values(problem, params, episode, steps)
+        return {LOSS: found["loss"], ACCURACY: found[ACCURACY]}
 
     return score
 
@@ -139,27 +136,32 @@ def rows_of(
 ) -> list[dict[str, Any]]:
     """What each judge says of each student, the mean over the draws."""
     rows: list[dict[str, Any]] = []
+    over_draws = jax.vmap(judged(config.setting, data, config.support_steps), (None, 0, None))
+    program = jax.jit(jax.vmap(over_draws, (0, 0, None)))
     sizes = tuple(zip(config.labels, config.examples, strict=True))
-    for size, classes, steps in itertools.product(sizes, CLASSES, config.support_steps):
+    for size, classes in itertools.product(sizes, CLASSES):
         each = [
             labelled_episodes(config, data, seed, *size, among=CLASSES[classes])
             for seed in config.seed_list
         ]
         episodes = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
-        over_draws = jax.vmap(judged(config.setting, data, steps), in_axes=(None, 0, None))
-        program = jax.jit(jax.vmap(over_draws, in_axes=(0, 0, None)))
         for rate, (name, params) in itertools.product(config.inner_rates, students.items()):
             found = program(params, episodes, jnp.float32(rate))
-            settings = {"labels": size[0], "label among": classes, "support steps": steps}
-            settings["rate"] = rate
-            means = {k: np.asarray(v).mean(1) for k, v in zip((LOSS, ACCURACY), found, strict=True)}
-            rows += [
-                {"method": name, "seed": seed, "metric": metric, "value": float(value)} | settings
-                for metric, values in means.items()
-                for seed, value in zip(config.seed_list, values, strict=True)
-            ]
-            said = ", ".join(f"{key} {value}" for key, value in settings.items())
-            print(f"{said}: {name} {means[LOSS].mean():.4g} nats", file=sys.stderr, flush=True)
+            means = {metric: np.asarray(values).mean(1) for metric, values in found.items()}
+            for at, steps in enumerate(config.support_steps):
+                settings = {"labels": size[0], "label among": classes, "support steps": steps}
+                settings["rate"] = rate
+                rows += [
+                    {"method": name, "seed": seed, "metric": metric, "value": float(value)}
+                    | settings
+                    for metric, values in means.items()
+                    for seed, value in zip(config.seed_list, values[:, at], strict=True)
+                ]
+            said = ", ".join(f"{loss:.4g}" for loss in means[LOSS].mean(0))
+            print(
+                f"{size[0]} labels, among {classes}, rate {rate}: {name} {said} nats",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
     return rows
 
 

@@ -100,3 +100,10 @@ def test_every_row_of_a_committed_page_is_in_its_results(page):
     ]
     assert shown
     assert [line for line in shown if line not in known] == []
+
+
+def test_a_page_of_another_layout_is_not_overwritten_without_a_word(run, tmp_path):
+    (tmp_path / "toy.md").write_text("# toy\n\nwritten by hand\n")
+    with pytest.raises(ValueError, match="names no command and versions"):
+        publish(run, "toy", results=tmp_path)
+    assert not (tmp_path / "toy.json").exists()

@@ -9,7 +9,7 @@ import pytest
 from experiments import _teacher_shared, two_moons, two_moons_judge
 from experiments import _two_moons_data as data_of
 from experiments import _two_moons_methods as methods_of
-from experiments.two_moons_judge import LOSS, judged, labelled_episodes, said_by
+from experiments.two_moons_judge import ACCURACY, LOSS, judged, labelled_episodes, said_by
 from jmeta import methods
 from jmeta.models import masked_lm
 from jmeta.runtime.report import read_results
@@ -36,10 +36,10 @@ def test_a_judge_says_what_a_teacher_follows(data, steps, rate, among):
     loss = functools.partial(masked_lm.loss, shape)
     followed = methods.fine_tuned(_teacher_shared.student(settings, shape, loss))
     expected = jax.jit(followed)(params, (), episodes, None)[0]
-    score = jax.jit(jax.vmap(judged(given, data, steps), in_axes=(None, 0, None)))
-    found, right = score(params, episodes, np.float32(rate))
-    assert found.shape == right.shape == (config.draws,)
-    np.testing.assert_allclose(found.mean(), expected, rtol=1e-5)
+    score = jax.jit(jax.vmap(judged(given, data, (steps,)), in_axes=(None, 0, None)))
+    found = score(params, episodes, np.float32(rate))
+    assert found[LOSS].shape == found[ACCURACY].shape == (config.draws, 1)
+    np.testing.assert_allclose(found[LOSS].mean(), expected, rtol=1e-5)
 
 
 def test_accuracy_is_that_of_the_label_with_the_greater_score(data):
@@ -50,8 +50,8 @@ def test_accuracy_is_that_of_the_label_with_the_greater_score(data):
     first = data_of.label_tokens(data)[0]
     params["head"]["bias"] = params["head"]["bias"].at[first].set(50.0)
     episodes = labelled_episodes(config, data, 0, 10, 4, among=True)
-    score = jax.vmap(judged(given, data, 1), in_axes=(None, 0, None))
-    _, right = jax.jit(score)(params, episodes, np.float32(0.0))
+    score = jax.vmap(judged(given, data, (1,)), in_axes=(None, 0, None))
+    right = jax.jit(score)(params, episodes, np.float32(0.0))[ACCURACY][:, 0]
     share = (episodes.query["labels"][:, :, 0] == first).mean(1)
     np.testing.assert_allclose(right, share)
     assert 0 < share.mean() < 1
