@@ -148,9 +148,7 @@ def teacher_chunk(
 ) -> Episode:
     """Episodes of a teacher for the outer steps of a chunk.
 
-    Support and query are drawn from two halves of the labelled points, halved anew each time, so
-    that no point is in both. With ``mlm_task`` a micro-batch is of masked language modelling half
-    of the time.
+    Unlabelled batches, and what ``judge_chunk`` scores their students on.
 
     Args:
         data: the sequences.
@@ -160,7 +158,8 @@ def teacher_chunk(
         shape: (steps, micro-batches, examples of each).
         inner_steps: unlabelled batches of an unroll.
         keep: which of the optional entries of the unlabelled batch are needed.
-        mlm_task: whether masked language modelling is a labelled task as well.
+        mlm_task: whether masked language modelling is a labelled task as well, that of half of
+            the micro-batches.
         mask_bug: count every position that is no padding, whether it has a label or not: the
             labels that are missing are then [PAD], a class like any other.
         among_classes: score a point among the labels of its task, not the whole vocabulary.
@@ -172,7 +171,43 @@ def teacher_chunk(
     inner = (inner_steps,) if inner_steps > 1 else ()
     read = unlabelled(corrupted(data, seed, chunk, (steps, micro, *inner, size)), data.words)
     read = {k: v for k, v in read.items() if k in ("tokens", "mask", *keep)}
+    scored = judge_chunk(
+        data, points, seed, chunk, shape,
+        mlm_task=mlm_task, mask_bug=mask_bug, among_classes=among_classes,
+    )  # fmt: skip
+    return Episode(Steps(read) if inner else read, scored)
 
+
+def judge_chunk(
+    data: Data,
+    points: Labelled,
+    seed: int,
+    chunk: int,
+    shape: tuple[int, int, int],
+    *,
+    mlm_task: bool = False,
+    mask_bug: bool = False,
+    among_classes: bool = False,
+) -> Episode:
+    """What students learn from and are scored on in a chunk's outer steps.
+
+    Support and query are drawn from two halves of the labelled points, halved anew each time, so
+    that no point is in both.
+
+    Args:
+        data: the sequences.
+        points: the labelled points that the judge may see.
+        seed: the seed.
+        chunk: which chunk.
+        shape: (steps, micro-batches, examples of each).
+        mlm_task: as of ``teacher_chunk``; so are the others.
+        mask_bug: count positions without a label.
+        among_classes: score among two labels.
+
+    Returns:
+        Leaves ``[steps, micro-batches, 1, examples, ...]``: a micro-batch is scored on one task.
+    """
+    steps, micro, size = shape
     rng = task_generator(seed, chunk, 0, _LABELLED)
     order = rng.random((steps, micro, len(points.labels))).argsort(-1)
     half, each = len(points.labels) // 2, np.arange(size)
@@ -191,13 +226,11 @@ def teacher_chunk(
             parts[at] = {k: np.where(chosen, masked[k], v) for k, v in parts[at].items()}
     if mask_bug:
         parts = [{**part, "weights": part["mask"]} for part in parts]
-    # A micro-batch is scored on one task.
     parts = [{k: v[:, :, None] for k, v in part.items()} for part in parts]
     if among_classes:
         classes = np.broadcast_to(np.asarray(label_tokens(data), np.int32), (steps, micro, 1, 2))
         parts = [{**part, "classes": classes} for part in parts]
-    scored = Episode(*parts)
-    return Episode(Steps(read) if inner else read, scored)
+    return Episode(*parts)
 
 
 def fine_tuning_rows(n: int, seed: int, steps: int, size: int) -> np.ndarray:

@@ -103,11 +103,9 @@ def labelled_episodes(
 ) -> Episode:
     """Support and query of a teacher's episodes, leaves ``[draws, examples, ...]``."""
     points = data_of.labelled(labels, seed, fresh=config.setting.fresh_labels)
-    made = data_of.teacher_chunk(
-        data, points, seed, 0, (config.draws, 1, examples), inner_steps=1, keep=(),
-        mlm_task=False, mask_bug=False, among_classes=among,
-    )  # fmt: skip
-    return jax.tree.map(lambda leaf: leaf[:, 0, 0], made.query)
+    shape = (config.draws, 1, examples)
+    made = data_of.judge_chunk(data, points, seed, 0, shape, among_classes=among)
+    return jax.tree.map(lambda leaf: leaf[:, 0, 0], made)
 
 
 def judged(
