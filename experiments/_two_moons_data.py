@@ -142,6 +142,7 @@ def teacher_chunk(
     *,
     inner_steps: int,
     keep: tuple[str, ...],
+    labelled: int,
     mlm_task: bool,
     mask_bug: bool,
     among_classes: bool,
@@ -155,9 +156,10 @@ def teacher_chunk(
         points: the labelled points that the teacher may see.
         seed: the seed.
         chunk: which chunk.
-        shape: (steps, micro-batches, examples of each).
+        shape: (steps, micro-batches, sequences of each).
         inner_steps: unlabelled batches of an unroll.
         keep: which of the optional entries of the unlabelled batch are needed.
+        labelled: examples of support and of query, each.
         mlm_task: whether masked language modelling is a labelled task as well, that of half of
             the micro-batches.
         mask_bug: count every position that is no padding, whether it has a label or not: the
@@ -172,7 +174,7 @@ def teacher_chunk(
     read = unlabelled(corrupted(data, seed, chunk, (steps, micro, *inner, size)), data.words)
     read = {k: v for k, v in read.items() if k in ("tokens", "mask", *keep)}
     scored = judge_chunk(
-        data, points, seed, chunk, shape,
+        data, points, seed, chunk, (steps, micro, labelled),
         mlm_task=mlm_task, mask_bug=mask_bug, among_classes=among_classes,
     )  # fmt: skip
     return Episode(Steps(read) if inner else read, scored)

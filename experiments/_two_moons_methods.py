@@ -116,6 +116,7 @@ def _teacher(config: Any, data: Data, name: str, shape: TransformerConfig, loss:
         "mlm_task": name in config.mlm_task,
         "mask_bug": config.mask_bug and name in config.mlm_task,
         "among_classes": config.among_classes,
+        "labelled": config.labelled_batch or config.batch,
     }
 
     def chunk(seed: int, number: int) -> Episode:

@@ -84,6 +84,9 @@ class Config(configuration.RunConfig):
     """Steps on rewritten text inside a teacher's step."""
     teacher_labels: int = 10
     """Labelled points that a teacher sees: the set that students of as many labels get."""
+    labelled_batch: int = 0
+    """How many of these a student learns from, and how many others it is scored on, in each
+    micro-batch of a teacher; 0: as many as it has sequences, as published."""
     mlm_task: tuple[str, ...] = ("soft",)
     """Methods whose student is scored on MLM half of the time, on labelled points otherwise."""
     mask_bug: bool = False
@@ -159,6 +162,11 @@ class Config(configuration.RunConfig):
             )
         if self.support_steps < 0:
             raise ValueError(f"support_steps={self.support_steps}: 0 or more")
+        if not 0 <= self.labelled_batch <= self.teacher_labels // 2:
+            raise ValueError(
+                f"labelled_batch={self.labelled_batch}: at most half of the "
+                f"{self.teacher_labels} labelled points that a teacher sees (teacher_labels), or 0"
+            )
         if self.mask_bug and not set(self.methods) & set(self.mlm_task):
             raise ValueError(
                 "mask_bug is about MLM as a labelled task, which none of these methods has: name "

@@ -75,6 +75,13 @@ VARIANTS: dict[str, Variant] = {
         "mask-budget", {"among_classes": True, "support_steps": 10}, BUDGET,
         "scored among classes after ten support steps",
     ),
+    "forty labels": Variant(
+        "mask-budget",
+        {"among_classes": True, "support_steps": 100, "inner_rate": 0.01, "teacher_labels": 40,
+         "labelled_batch": 20},
+        BUDGET, "its teacher sees forty labelled points, students of ten are not given the other "
+        "thirty; twenty are for a hundred support steps at 0.01, and it is scored among classes",
+    ),
 }  # fmt: skip
 # What the last evaluation of pre-training says of student and teacher.
 MONITORS = ("mlm_accuracy", "labels_entropy", "inputs_entropy", "inputs_copied", "cosine",

@@ -57,6 +57,7 @@ def run(tmp_path_factory):
         ({"finetune_rates": ()}, r"finetune_rates=\(\): choose more than 0"),
         ({"among_classes": True}, "is a task of soft: set mlm_task to nothing"),
         ({"support_steps": -1}, "support_steps=-1: 0 or more"),
+        ({"labelled_batch": 6}, "labelled_batch=6: at most half of the 10 labelled points"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(fields, said):
@@ -137,8 +138,8 @@ def test_points_and_sequences_in_the_unified_format(data):
 
 
 def _chunk(data, **changed):
-    options = {"inner_steps": 1, "keep": ("masked",), "mlm_task": False, "mask_bug": False,
-               "among_classes": False}  # fmt: skip
+    options = {"inner_steps": 1, "keep": ("masked",), "labelled": 4, "mlm_task": False,
+               "mask_bug": False, "among_classes": False}  # fmt: skip
     points = data_of.labelled(10, 0, fresh=False)
     return data_of.teacher_chunk(data, points, 0, 7, (20, 3, 4), **(options | changed)), points
 
@@ -166,11 +167,18 @@ def test_support_and_query_share_no_point_and_come_from_the_labelled_ones(data):
 def test_what_a_teacher_is_given_is_what_the_settings_say(data):
     config = two_moons.Config(
         methods=("mask-budget",), mlm_task=(), among_classes=True, support_steps=3, chunk=2,
-        samples=64, evaluations=1,
+        samples=64, evaluations=1, teacher_labels=40, labelled_batch=20,
     )  # fmt: skip
     built = methods_of.build(config, data, "mask-budget")
     episode = built.chunk(0, 0)
     assert "classes" in episode.query.support
+    assert episode.support["tokens"].shape == (2, 4, 4, 34)
+    # Halves of the forty points: together they are all of them, each once.
+    points = data_of.labelled(40, 0, fresh=False)
+    every = sorted(map(tuple, data_of.moon_batch(data, points.cells, points.labels)["tokens"]))
+    halves = [part["tokens"].reshape(8, 20, -1) for part in episode.query]
+    for both in np.concatenate(halves, axis=1):
+        assert sorted(map(tuple, both)) == every
     shape = methods_of.network(config, data)
     assert shared.student(config, shape, None).support_steps == 3
     # Whatever the teacher's body says, so much is masked of what may be.
