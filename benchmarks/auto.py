@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks import peers_jax, peers_problems
-from benchmarks.pieces import Rows, piece
+from benchmarks.pieces import CostConfig, Rows, piece, show
+from experiments._shared import record
 from jmeta import cost
 from jmeta.core.types import Array, Episode, Problem, PyTree
 from jmeta.cost.choosing import shapes_of
@@ -44,7 +45,7 @@ class Case(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(configuration.RunConfig):
+class Config(CostConfig):
     """The planner against the best hand-picked variant."""
 
     problems: tuple[str, ...] = ()
@@ -239,7 +240,7 @@ def bars(rows: Sequence[dict[str, Any]]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     config = configuration.parse(PRESETS, argv, description=__doc__)
-    configuration.dump(config, Path(config.out))
+    record(config, "problems")
     known = cases(config.small)
     if unknown := set(config.problems) - set(known):
         raise SystemExit(f"no problem {', '.join(unknown)}; known are {', '.join(known)}")
@@ -254,8 +255,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     summary = statistics.summarise(rows)
     report.write_results(Path(config.out), rows, summary)
     text, notes = table(rows), bars(rows)
-    (Path(config.out) / "auto.md").write_text(text + "\n", encoding="utf-8")
-    print(text, *notes, sep="\n")
+    show(Path(config.out), "auto", text, *notes)
     report.write_report(
         Path(config.out), "The planner against the best by hand",
         "Every exact variant that fits the memory, and what jmeta.auto chose, timed in turns.",

@@ -6,7 +6,6 @@ With ``--publish RUNS`` the results in ``RUNS/NAME`` are committed first, with t
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,7 +50,7 @@ def publish(runs: Path, folder: Path = readme.RESULTS) -> list[str]:
         if not (source / "results.json").exists():
             continue
         found.append(name)
-        shutil.copyfile(source / "results.json", folder / f"{name}.json")
+        write_atomically(folder / f"{name}.json", (source / "results.json").read_bytes())
         run = json.loads((source / "run.json").read_text(encoding="utf-8"))
         # A run in pieces is repeated by its preset, and by the problems that it has.
         rows = json.loads((source / "results.json").read_text(encoding="utf-8"))["rows"]
@@ -60,7 +59,7 @@ def publish(runs: Path, folder: Path = readme.RESULTS) -> list[str]:
         run["command"] = f"python -m benchmarks.{name} --preset {run['preset']}{only}"
         write_atomically(folder / f"{name}.run.json", json.dumps(run, indent=2) + "\n")
         for picture in [*source.glob(f"{name}*.png"), *source.glob(f"{name}*.svg")]:
-            shutil.copyfile(picture, folder / picture.name)
+            write_atomically(folder / picture.name, picture.read_bytes())
     return found
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks.pieces import keep_float32, leave
+from benchmarks.pieces import WholeConfig, keep_float32, leave
 from jmeta import cost, methods
 from jmeta.core.types import Array, Episode, MetaGradient, PyTree
 from jmeta.models import heads, losses, transformer
@@ -26,7 +26,7 @@ INSIDE, ENCODED, FUSED = "body in every step", "body in encode", "body in encode
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(configuration.RunConfig):
+class Config(WholeConfig):
     """What ``encode`` saves."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -117,7 +117,8 @@ def measure(config: Config) -> list[dict[str, Any]]:
         name: cost.compile_estimate(mg, made.meta, made.episode) for name, mg in made.ways.items()
     }
     exact = make(dataclasses.replace(config, dtype="float32"))
-    first = cost.compile_estimate(exact.ways[ENCODED], exact.meta, exact.episode)
+    with jax.default_matmul_precision("highest"):
+        first = cost.compile_estimate(exact.ways[ENCODED], exact.meta, exact.episode)
     reference = jax.device_get(first.run(exact.meta, exact.episode))
     arguments = dict.fromkeys(programs, (made.meta, made.episode))
     seconds, errors = cost.interleave(programs, arguments, config.repeats, reference)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks.pieces import leave
+from benchmarks.pieces import WholeConfig, leave
 from jmeta import cost
 from jmeta.core.types import Array, PyTree
 from jmeta.methods import fast_weights
@@ -42,7 +42,7 @@ BARS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(configuration.RunConfig):
+class Config(WholeConfig):
     """What fast weights cost against a decoder without, and against dynamic evaluation."""
 
     vocab: int = 4096

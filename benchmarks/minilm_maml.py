@@ -19,7 +19,7 @@ import jax
 import optax
 
 import jmeta
-from benchmarks.pieces import leave
+from benchmarks.pieces import WholeConfig, leave
 from jmeta import cost
 from jmeta.core.types import Episode, MetaGradient, PyTree
 from jmeta.methods.maml import learned_start
@@ -35,7 +35,7 @@ KEPT = ", products kept"
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(configuration.RunConfig):
+class Config(WholeConfig):
     """What exact second order costs on a pretrained encoder."""
 
     model: str = "minilm"

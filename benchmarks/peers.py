@@ -21,7 +21,8 @@ from typing import Any, Literal
 import numpy as np
 
 from benchmarks import peers_jax, peers_problems, peers_torch
-from benchmarks.pieces import Rows, piece
+from benchmarks.pieces import CostConfig, Rows, piece, show
+from experiments._shared import record
 from jmeta.cost import median
 from jmeta.runtime import config as configuration
 from jmeta.runtime import figures, report, statistics
@@ -37,7 +38,7 @@ FRAMEWORKS = {"jax": peers_jax.ROWS, "torch": peers_torch.ROWS}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(configuration.RunConfig):
+class Config(CostConfig):
     """Second order in jmeta, in JAX by hand and in PyTorch's libraries."""
 
     problems: tuple[Kind, ...] = ("sinusoid", "omniglot", "decoder")
@@ -137,9 +138,10 @@ def agreement(problem: Path, kind: str) -> Rows:
     reference = found[REFERENCE]
     largest = max(np.abs(g).max() for g in reference.values())
     for row, grads in found.items():
-        gap = max(float(np.abs(grads[n] - g).max()) for n, g in reference.items()) / largest
+        gaps = [np.abs(grads[n] - g).max() for n, g in reference.items()]
+        gap = float(np.max(gaps) / largest)  # NaN if any is
         rows.append(measured(kind, row, "difference", gap))
-        if gap > AGREE and row != peers_jax.FIRST_ORDER:
+        if not gap <= AGREE and row != peers_jax.FIRST_ORDER:
             why = f"its float64 gradient differs by {gap:.0e}"
             if row in peers_jax.ROWS:
                 raise RuntimeError(f"{kind}: {row}: {why}")
@@ -153,19 +155,24 @@ def timing(problem: Path, kind: str, repeats: int, minutes: float) -> Rows:
     """Seconds of every row, in turns; the first turn compiles and warms up."""
     end = time.monotonic() + 60 * minutes
     seconds: dict[str, list[float]] = {row: [] for _, row in runnable()}
+    errors: dict[str, str] = {}
     with workers(problem, *FRAMEWORKS) as started:
         by_name = dict(zip(FRAMEWORKS, started, strict=True))
         for repeat in range(repeats + 1):
             if repeat > 1 and time.monotonic() > end:
                 break
             for framework, row in runnable():
+                if row in errors:
+                    continue
                 reply = by_name[framework].ask(do="time", row=row)
+                if "error" in reply:
+                    errors[row] = reply["error"]
                 if repeat and "seconds" in reply:
                     seconds[row].append(reply["seconds"])
                 time.sleep(PAUSE)
-    rows: Rows = []
+    rows: Rows = [failed(kind, row, why) for row, why in errors.items()]
     for row, values in seconds.items():
-        if values:
+        if values and row not in errors:
             rows.append({"method": row, "seed": 0, "problem": kind, "metric": "seconds",
                          "values": values})  # fmt: skip
             rows.append(measured(kind, row, "median seconds", median(values)))
@@ -176,6 +183,8 @@ def memory(problem: Path, kind: str, framework: str, row: str) -> Rows:
     """Peak resident memory of one row above what its process, a fresh one, held before."""
     with workers(problem, framework) as (worker,):
         reply = worker.ask(do="memory", row=row)
+    if "error" in reply:
+        return [failed(kind, row, reply["error"])]
     found = {"peak bytes": reply.get("peak"), "planned temporaries": reply.get("temp")}
     return [measured(kind, row, metric, v) for metric, v in found.items() if v is not None]
 
@@ -277,8 +286,7 @@ def write(config: Config, rows: Rows) -> None:
                 title=kind,
             )
     text = table(rows)
-    (config.out / "peers.md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    show(config.out, "peers", text)
     report.write_report(
         config.out,
         "Second order beside its peers",
@@ -292,7 +300,7 @@ def write(config: Config, rows: Rows) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     config = configuration.parse(PRESETS, argv, description=__doc__)
-    configuration.dump(config, Path(config.out))
+    record(config, "problems", "phases")
     config = dataclasses.replace(config, out=Path(config.out))
     write(config, run(config))
 

@@ -5,6 +5,7 @@ A piece is a list of rows in ``OUT/pieces/NAME.json``, so that a long benchmark 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,29 @@ from jmeta.runtime import report
 from jmeta.runtime.config import RunConfig
 
 Rows = list[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class CostConfig(RunConfig):
+    """A benchmark in pieces, of what no seed changes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seeds != 1 or self.first_seed:
+            raise ValueError(
+                "seeds and first_seed: what this benchmark measures does not depend on a seed; it "
+                "repeats its measurements instead"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeConfig(CostConfig):
+    """The same in one piece."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resume:
+            raise ValueError("resume: this benchmark is one piece and keeps nothing to go on from")
 
 
 def piece(out: Path, name: str, make: Callable[[], Rows], *, wanted: bool, resume: bool) -> Rows:
@@ -49,6 +73,19 @@ def keep_float32(dtype: str) -> None:
         dtype: what the benchmark computes in; others are left as they are.
     """
     jax.config.update("jax_default_matmul_precision", "highest" if dtype == "float32" else None)
+
+
+def show(out: Path, name: str, text: str, *notes: str) -> None:
+    """Write a table as ``OUT/NAME.md``, and print it with what there is to say of it.
+
+    Args:
+        out: the run directory.
+        name: of the benchmark.
+        text: Markdown.
+        *notes: sentences.
+    """
+    write_atomically(out / f"{name}.md", text + "\n")
+    print(text, *notes, sep="\n")
 
 
 def leave(

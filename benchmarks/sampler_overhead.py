@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.pieces import leave
+from benchmarks.pieces import WholeConfig, leave
 from experiments import _continual_model as model
 from experiments import _continual_training as training
 from experiments._continual_samplers import Entry
@@ -33,7 +33,7 @@ SHARE = "share of training"
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(configuration.RunConfig):
+class Config(WholeConfig):
     """What samplers add to a window of training on five objectives."""
 
     vocab: int = 2048

@@ -18,7 +18,8 @@ import numpy as np
 import optax
 
 import jmeta
-from benchmarks.pieces import Rows, piece
+from benchmarks.pieces import CostConfig, Rows, piece, show
+from experiments._shared import record
 from jmeta import cost
 from jmeta.core.steps import block_length
 from jmeta.core.types import Episode, MetaGradient, Problem
@@ -63,7 +64,7 @@ QUICK: dict[Axis, tuple[Size, ...]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(configuration.RunConfig):
+class Config(CostConfig):
     """Scaling laws of the meta-gradient."""
 
     axes: tuple[Axis, ...] = ("inner steps", "parameters", "tokens", "tasks")
@@ -302,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     config = configuration.parse(PRESETS, argv, description=__doc__)
     out = Path(config.out)
-    configuration.dump(config, out)
+    record(config, "axes")
     rows: Rows = []
     for axis, sizes in (QUICK if config.quick else SWEEPS).items():
         rows += piece(
@@ -313,8 +314,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     summary = statistics.summarise(rows)
     report.write_results(out, rows, summary)
     text = table(rows)
-    (out / "scaling_laws.md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    show(out, "scaling_laws", text)
     picture = figure(rows, out / "scaling_laws")
     report.write_report(
         out, "How second order grows", "A decoder of two layers; exponents of power laws.",

@@ -52,6 +52,19 @@ class Config(DecoderConfig):
     growth: bool = True
     """Also compile mixed mode at 16 and 64 inner steps and report how its memory grows."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        of_decoder = ("dtype", "width", "layers", "heads", "vocab", "batch")
+        if self.model == "mlp":
+            of_decoder += ("small",)
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        changed = [name for name in of_decoder if getattr(self, name) != defaults[name]]
+        if self.model != "lm" and changed:
+            raise ValueError(
+                f"{', '.join(changed)}: of the decoder, and this is model={self.model}: leave "
+                "them out"
+            )
+
 
 PRESETS = {
     "lm": Config(),
@@ -92,8 +105,7 @@ def cells(config: Config, steps: int) -> list[Cell]:
     """The cells of one table, those of them that are wanted."""
     if config.model == "lm":
         return wanted(decoder_cells(config, steps), config.cells)
-    build = {"mlp": regressor, "conv": classifier}[config.model]
-    setting = build(small=config.small)
+    setting = regressor() if config.model == "mlp" else classifier(small=config.small)
     made = cost.estimators(setting.problem, steps)
     return wanted([Cell(name, mg, setting) for name, mg in made.items()], config.cells)
 
@@ -279,7 +291,9 @@ def write(config: Config, rows: list[dict[str, Any]]) -> None:
         metrics={"median seconds": "time", "temp_bytes": "temporary memory"},
         title=f"{config.model}, {steps} inner steps",
     )
-    notes = bars(rows) if config.model == "lm" and not config.small else []
+    # The bars are for one number of inner steps.
+    held = config.model == "lm" and not config.small and len(config.steps) == 1
+    notes = bars(rows) if held else []
     leave(
         config, "What second order costs",
         "Every estimator on the same arrays, compiled once in each process and run in turns.",

@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from benchmarks.pieces import WholeConfig
 from jmeta.core.types import Episode, Problem, PyTree, Steps
 from jmeta.methods.maml import learned_start
 from jmeta.models import conv, losses, mlp, transformer
-from jmeta.runtime import config as configuration
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderConfig(configuration.RunConfig):
+class DecoderConfig(WholeConfig):
     """The decoder that is measured, and which rows of its table are."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -76,9 +76,8 @@ def decoder(given: DecoderConfig, steps: int, variant: str) -> Setting:
     return Setting(variant, problem, transformer.init(config, keys[0]), episode)
 
 
-def regressor(*, small: bool = False) -> Setting:
+def regressor() -> Setting:
     """The sinusoid network of the MAML paper, 1-40-40-1, ten points."""
-    del small
     keys = jax.random.split(jax.random.key(0), 3)
 
     def loss(params: PyTree, batch: dict[str, jax.Array], key: Any):

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from benchmarks.pieces import Rows
+from benchmarks.pieces import Rows, WholeConfig
+from jmeta.files import write_atomically
 from jmeta.runtime import config as configuration
 from jmeta.runtime import report, statistics
 
@@ -28,7 +29,7 @@ PARTS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(configuration.RunConfig):
+class Config(WholeConfig):
     """All benchmarks of cost."""
 
     size: Literal["paper", "quick", "smoke"] = "quick"
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report.write_results(out, rows, summary)
     parts = [path for name in config.parts for path in sorted((out / name).glob("*.md"))]
     whole = "\n\n".join(f"## {p.parent.name}\n\n{p.read_text(encoding='utf-8')}" for p in parts)
-    (out / "suite.md").write_text(whole, encoding="utf-8")
+    write_atomically(out / "suite.md", whole)
     report.print_table(summary)
     if any(row["metric"] == "exit status" and row["value"] for row in rows):
         raise SystemExit(1)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.pieces import leave
+from benchmarks.pieces import WholeConfig, leave
 from jmeta import cost
 from jmeta.core.tree import merge, partition
 from jmeta.core.types import Array, PyTree
@@ -28,7 +28,7 @@ BARS = {"cpu": 1.3, "gpu": 3.0}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(configuration.RunConfig):
+class Config(WholeConfig):
     """What the Fisher information of a MiniLM costs."""
 
     vocab: int = 30_522

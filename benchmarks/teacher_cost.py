@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 import jmeta
-from benchmarks.pieces import leave
+from benchmarks.pieces import WholeConfig, leave
 from jmeta import cost, methods, optim
 from jmeta.core.types import Episode, MetaGradient, PyTree
 from jmeta.methods.maml import learned_start
@@ -32,7 +32,7 @@ CHUNKED = "soft, mixed mode, chunks, block remat"
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(configuration.RunConfig):
+class Config(WholeConfig):
     """What a teacher costs against masked language modelling."""
 
     vocab: int = 30_000

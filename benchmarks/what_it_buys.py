@@ -18,9 +18,10 @@ import numpy as np
 import optax
 
 import jmeta
-from benchmarks.pieces import Rows, piece
+from benchmarks.pieces import Rows, piece, show
 from benchmarks.readme import RESULTS
 from experiments import sinusoid
+from experiments._shared import record
 from jmeta import cost
 from jmeta.core.types import Episode, PyTree
 from jmeta.runtime import config as configuration
@@ -245,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     config = configuration.parse(PRESETS, argv, description=__doc__)
     out = Path(config.out)
-    configuration.dump(config, out)
+    record(config, "phases")
     rows: Rows = []
     for name, make in {"train": train, "time": timed}.items():
         rows += piece(out, name, lambda make=make: make(config),
@@ -254,8 +255,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     summary = statistics.summarise(rows, baseline=FIRST)
     report.write_results(out, rows, summary)
     text = table(rows)
-    (out / "what_it_buys.md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    show(out, "what_it_buys", text)
     step = {r["method"]: r["value"] for r in rows if r["metric"] == "seconds of an outer step"}
     pictures = {}
     if len(step) == 2:

@@ -30,6 +30,8 @@ DECAYS = (0.0, 0.02)
 HSO_RATES = (3e-3, 1e-2, 3e-2, 0.1, 0.3)
 KNN_WEIGHTS = (0.05, 0.1, 0.2, 0.3, 0.4)
 KNN_TEMPERATURES = (1.0, 3.0, 10.0, 30.0)
+KNN_PAIRS = 32  # of keys, whose distance is the unit of temperatures
+COST, MEMORY = "cost per token, static = 1", "temporary memory, MiB"
 TIMED, REPEATS = 4, 5
 
 
@@ -118,8 +120,8 @@ def tune_knn(
     found = np.concatenate(keys)[: config.datastore], np.concatenate(values)[: config.datastore]
     store = datastore(*map(jnp.asarray, found))
     # In units of the typical distance, so that one grid serves every model.
-    near = jnp.asarray(found[0][:64])
-    scale = float(jnp.square(near[:32] - near[32:]).sum(-1).mean()) / 30
+    near = jnp.asarray(found[0][: 2 * KNN_PAIRS])
+    scale = float(jnp.square(near[:KNN_PAIRS] - near[KNN_PAIRS:]).sum(-1).mean()) / 30
     options = (
         {"params": params, "store": store, "weight": jnp.float32(weight),
          "temperature": jnp.float32(scale * heat)}
@@ -187,9 +189,9 @@ def costs(readers: dict[str, tuple[Losses, PyTree]], data: Data) -> list[dict[st
     for name, program in programs.items():
         middle = cost.median(seconds[name])
         for metric, value in (
-            ("cost per token, static = 1", middle / static),
+            (COST, middle / static),
             ("microseconds per token", 1e6 * middle / tokens),
-            ("temporary memory, MiB", program.temp_bytes / 2**20),
+            (MEMORY, program.temp_bytes / 2**20),
         ):
             made.append({"method": name, "seed": 0, "metric": metric, "value": value})
     return made

@@ -5,6 +5,7 @@ Batches are pure functions of the step, so that a run can go on where it stopped
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -137,7 +138,7 @@ def source(
     dev = [part["dev"][i] for i in np.sort(order)]
     size = {"positions": positions, "stride": positions // 2, "longest_question": positions // 3}
     said = [each.answers[0] if each.answers else prompts.UNANSWERABLE for each in part["train"]]
-    common = max(dict.fromkeys(said), key=said.count)
+    common = Counter(said).most_common(1)[0][0]
     asked = [each.answers[0] if each.answers else prompts.UNANSWERABLE for each in dev]
     return Source(
         prompts.answered(part["train"], words, **size),

@@ -99,7 +99,7 @@ def record(config: Any, *free: str) -> None:
     import yaml
 
     kept = config.out / "config.yaml"
-    if kept.exists() and any(config.out.rglob("metrics.jsonl")):  # something was trained
+    if kept.exists() and _holds_work(config.out):
         before, now = yaml.safe_load(kept.read_text(encoding="utf-8")), configuration.values(config)
         ignored = {"out", "resume", *free}
         changed = [
@@ -114,6 +114,12 @@ def record(config: Any, *free: str) -> None:
             )
         plain(config)  # all count as read: what is complete is not asked for them again
     configuration.dump(config, config.out)
+
+
+def _holds_work(out: Path) -> bool:
+    """Whether a run directory has anything but what says how it was asked for."""
+    said = ("config.yaml", "run.json")
+    return any(file.is_file() and file.name not in said for file in out.rglob("*"))
 
 
 def train_method(

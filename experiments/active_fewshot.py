@@ -98,10 +98,11 @@ class Task(NamedTuple):
 
 
 def class_sizes(pool: int, ways: int, kind: str) -> list[int]:
-    """How many of each class a pool holds: evenly many, or skewed."""
-    if kind == "balanced":
-        return [pool // ways] * ways
-    return [pool * part // sum(PARTS) for part in PARTS]
+    """How many of each class a pool holds: evenly many, or skewed; what is left, to the first."""
+    parts = [1] * ways if kind == "balanced" else PARTS
+    sizes = [pool * part // sum(parts) for part in parts]
+    left = pool - sum(sizes)
+    return [size + (at < left) for at, size in enumerate(sizes)]
 
 
 def make_task(config: Config, adapter: Any, source: FewShot, kind: str, seed: int) -> Task:

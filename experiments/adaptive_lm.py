@@ -114,6 +114,7 @@ class Config(configuration.RunConfig):
         require_positive(
             self, "length", "batch", "neighbours", "datastore", "statistics_batches",
             "validation_documents", "test_documents", "score_batch", "inner_rate", "reference",
+            "base_steps", "extra_steps",
         )  # fmt: skip
         if self.model != BASE and NGRAM in self.methods:
             others = ",".join(name for name in self.methods if name != NGRAM)
@@ -124,6 +125,12 @@ class Config(configuration.RunConfig):
             raise ValueError(f"corpus={self.corpus!r}: choose embedded or wikitext2")
         if NGRAM in self.methods and self.layers < 2:
             raise ValueError(f"layers={self.layers}: {NGRAM} needs one above its first")
+        fewest = 2 * scoring.KNN_PAIRS
+        if {KNN, SHORT} & set(self.methods) and self.datastore < fewest:
+            raise ValueError(
+                f"datastore={self.datastore}: temperatures are in units of the distance between "
+                f"{scoring.KNN_PAIRS} pairs of entries; choose at least {fewest}"
+            )
         if self.segment < 1 or self.length % self.segment:
             raise ValueError(f"segment={self.segment} does not divide length={self.length}")
 
@@ -156,8 +163,8 @@ def train(
 ) -> PyTree:  # fmt: skip
     """Train from a start on the batches ``first``, ``first + 1``, ... of a seed."""
     problem = learned_start(loss, optax.sgd(0.0))
-    warm = max(steps // 20, 1)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, config.rate, warm, steps, config.rate / 10)
+    warm, last = max(steps // 20, 1), max(steps, 2)  # a decay needs a step after the warm-up
+    schedule = optax.warmup_cosine_decay_schedule(0.0, config.rate, warm, last, config.rate / 10)
     outer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
     sample = data_of.sampler(data, config.length, config.batch)
     done = train_method(

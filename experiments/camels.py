@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 
 import jax
@@ -30,6 +31,7 @@ from experiments._camels_scoring import (
 )
 from experiments._shared import Trained, command_line, record, require_positive, train_method
 from jmeta.core.types import Array, Key, MetaGradient, PyTree
+from jmeta.data.sources import DataUnavailable
 from jmeta.methods import learned_start
 from jmeta.models import transformer
 from jmeta.runtime import config as configuration
@@ -188,7 +190,10 @@ def run_seed(
 def run(config: Config) -> None:
     """Train, score, and write the run directory."""
     record(config, "seeds")  # more of them may come later
-    data = reading.load(config)
+    try:
+        data = reading.load(config)
+    except (DataUnavailable, FileNotFoundError, ValueError) as error:
+        sys.exit(str(error))
     by_rule = make_read(config, reading.RULES[0])  # one program for all rules
     readers = {kind: make_read(config, kind) for kind in (NONE, UNIFORM, LEARNED)}
     readers |= dict.fromkeys(reading.RULES, by_rule)

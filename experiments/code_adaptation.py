@@ -99,6 +99,11 @@ class Config(configuration.RunConfig):
             raise ValueError(
                 f"hole={self.hole} leaves no context in a window of window={self.window}"
             )
+        if self.before < self.support:
+            raise ValueError(
+                f"before={self.before} windows before a hole are fewer than the "
+                f"support={self.support} to adapt to: choose at least as many"
+            )
 
 
 PRESETS = {

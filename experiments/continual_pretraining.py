@@ -21,7 +21,7 @@ from experiments import _continual_model as model
 from experiments import _continual_report as page
 from experiments import _continual_samplers as samplers
 from experiments import _continual_training as training
-from experiments._shared import command_line, record, train_method
+from experiments._shared import command_line, record, require_positive, train_method
 from jmeta import methods
 from jmeta.core.types import Array, PyTree
 from jmeta.data.sources import DataUnavailable
@@ -105,6 +105,7 @@ class Config(configuration.RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_positive(self, "window", "steps")
         if self.guide not in data.GUIDES:
             raise ValueError(f"guide={self.guide!r}; choose one of {data.GUIDES}")
         if not self.tasks:

@@ -21,7 +21,14 @@ import jmeta
 from experiments import _fewshot_model as model
 from experiments import _fewshot_report as page
 from experiments import _fewshot_scoring as scoring
-from experiments._shared import Trained, command_line, record, train_method, write_metrics
+from experiments._shared import (
+    Trained,
+    command_line,
+    record,
+    require_positive,
+    train_method,
+    write_metrics,
+)
 from jmeta.core.types import Episode, MetaGradient, PyTree
 from jmeta.data.loader import episode_loader
 from jmeta.data.sources import DataUnavailable
@@ -87,6 +94,7 @@ class Config(configuration.RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_positive(self, "evaluations")
         if gradient_evaluations(self, "maml") % self.joint_batch:
             raise ValueError(
                 f"transfer cannot take exactly {gradient_evaluations(self, 'maml')} gradient "

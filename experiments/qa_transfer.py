@@ -22,7 +22,7 @@ from experiments import _qa_data as data
 from experiments import _qa_model as model
 from experiments import _qa_report as page
 from experiments._qa_data import SOURCES
-from experiments._shared import Trained, command_line, record, train_method
+from experiments._shared import Trained, command_line, record, require_positive, train_method
 from jmeta.core.types import MetaGradient, PyTree
 from jmeta.data.sources import DataUnavailable
 from jmeta.models import gpt2
@@ -89,6 +89,7 @@ class Config(configuration.RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_positive(self, "looks")
         whole = 6 * self.inner_steps
         if self.qa_steps < whole or self.qa_steps % whole:
             raise ValueError(

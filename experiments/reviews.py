@@ -349,6 +349,9 @@ def check_sizes(config: Config, sources: Mapping[str, model.Source]) -> None:
              or config.test_domains),
         ):  # fmt: skip
             scoring.tests(sources[split], names, shots, queries, 1, 0)
+    scoring.tests(
+        sources["validation"], config.validation_domains, config.shots, config.queries, 1, 0
+    )
     scoring.episodes(sources["train"], shots=config.shots, queries=config.queries, tasks=1)
 
 

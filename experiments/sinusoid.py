@@ -22,6 +22,7 @@ from experiments._shared import (
     command_line,
     learning_curve,
     record,
+    require_positive,
     scored_row,
     train_method,
     write_metrics,
@@ -70,6 +71,18 @@ class Config(configuration.RunConfig):
     """Tasks on which each method's rate at test is chosen."""
     test_tasks: int = 1000
     """Tasks of the final numbers, the same for all."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(
+            self, "shots", "test_shots", "meta_batch", "meta_steps", "inner_steps", "inner_lr",
+            "evaluate_every", "validation_tasks", "test_tasks",
+        )  # fmt: skip
+        if self.inner_steps > STEPS[-1]:
+            raise ValueError(
+                f"inner_steps={self.inner_steps}: at test {STEPS[-1]} steps are taken, and the "
+                "choices are made after as many as in training: choose no more"
+            )
 
 
 PRESETS = {

@@ -16,6 +16,8 @@ from jmeta.cost.rows import Row, as_json, plan_markdown
 from jmeta.cost.shapes import MODELS
 
 NAMED = "jmeta.cost.shapes:setting"
+# What NAMED is given of the command line, and what each is by default.
+OF_MODEL = {"sequences": 8, "tokens": 512, "compute": None, "weights": "float32"}
 FULL, LEAN = "unrolled", ("unrolled step", "mixed_mode", "mixed_mode nested")
 
 
@@ -30,10 +32,10 @@ def parser() -> argparse.ArgumentParser:
     add("--option", action="append", default=[], metavar="NAME=VALUE",
         help="a keyword argument of the function, JSON or a word; may be repeated")  # fmt: skip
     add("--steps", type=int, default=5, help="inner steps")
-    add("--sequences", type=int, default=8, help="in a batch of a task (with --model)")
-    add("--tokens", type=int, default=512, help="of each sequence (with --model)")
+    add("--sequences", type=int, help="in a batch of a task; default 8 (with --model)")
+    add("--tokens", type=int, help="of each sequence; default 512 (with --model)")
     add("--compute", help="dtype that blocks compute in, such as bfloat16 (with --model)")
-    add("--weights", default="float32", help="dtype of the fast weights (with --model)")
+    add("--weights", help="dtype of the fast weights; default float32 (with --model)")
     add("--tasks", type=int, help="in one outer step, in all; default: one for each device")
     add("--microbatch", type=int, help="tasks that a device maps together; default: all its own")
     add("--estimator", action="append", metavar="NAME", help="as in cost.estimators; repeatable")
@@ -92,6 +94,14 @@ def rows_of(asked: argparse.Namespace) -> list[Row]:
     """Compile what the command asks for, a row at a time."""
     if (asked.model is None) == (asked.problem is None):
         raise ValueError("say what to plan for: --model NAME or --problem MODULE:FUNCTION")
+    of_model = {name: getattr(asked, name) for name in OF_MODEL}
+    given = {name: value for name, value in of_model.items() if value is not None}
+    if asked.model is None and given:
+        flags = ", ".join(f"--{name}" for name in given)
+        raise ValueError(
+            f"{flags}: these are of --model; what --problem's function is given is said by "
+            "--option NAME=VALUE"
+        )
     options = dict(map(option_of, asked.option))
     meshes = [mesh_of(text) for text in asked.mesh or ["tasks=-1"]]
     names = asked.estimator or [FULL, *LEAN]
@@ -105,8 +115,7 @@ def rows_of(asked: argparse.Namespace) -> list[Row]:
     if asked.model is None:
         return plan(asked.problem, names=names, options=options, **common)
     shape = {
-        "model": asked.model, "sequences": asked.sequences, "tokens": asked.tokens,
-        "steps": asked.steps, "compute": asked.compute, "weights": asked.weights,
+        "model": asked.model, "steps": asked.steps, **OF_MODEL, **given,
     }  # fmt: skip
     rows = []
     for name in names:

@@ -53,7 +53,7 @@ def open_log(out: str | os.PathLike | None, step: int) -> MetricsLog:
     board = _tensorboard(out / "tensorboard", step)
 
     def write(row: Mapping[str, Any]) -> None:
-        strict = {key: None if _is_nan(value) else value for key, value in row.items()}
+        strict = {key: None if _not_finite(value) else value for key, value in row.items()}
         with _named(out / FILE):
             file.write(json.dumps(strict) + "\n")
             file.flush()  # in the kernel's hands: a killed process loses no row
@@ -157,7 +157,7 @@ def _mean(value: Any) -> float:
     return float(np.mean(np.asarray(value).astype(np.float64)))
 
 
-def _is_nan(value: Any) -> bool:
+def _not_finite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 

@@ -1,5 +1,7 @@
 """The benchmarks of cost: arrays that all frameworks share, fits against closed forms, tables."""
 
+import contextlib
+import dataclasses
 import json
 
 import jax
@@ -14,9 +16,12 @@ from benchmarks import (
     peers_problems,
     readme,
     scaling_laws,
+    second_order_cost,
     what_it_buys,
 )
 from benchmarks.pieces import piece
+from experiments._shared import record
+from jmeta.runtime import config as configuration
 
 
 def test_the_page_holds_the_committed_results():
@@ -69,19 +74,65 @@ def test_a_wrong_gradient_is_no_peer(monkeypatch, tmp_path):
             np.savez(file, w=np.asarray([1.0, 2.0 + 0.1 * (row == "torch.func")]))
             return {}
 
-    import contextlib
-
     monkeypatch.setattr(peers, "workers", lambda *a: contextlib.nullcontext([Fake(), Fake()]))
     monkeypatch.setattr(peers, "missing", lambda row: None)
     rows = peers.agreement(tmp_path, "sinusoid")
     refused = [row["method"] for row in rows if row["metric"].startswith("cannot run")]
     assert refused == ["torch.func"]
+    nothing = lambda self, *, row, file, **r: (  # noqa: E731
+        np.savez(file, w=np.asarray([1.0, np.nan if row == "higher" else 2.0])) or {}
+    )
+    with monkeypatch.context() as other:
+        other.setattr(Fake, "ask", nothing)
+        rows = peers.agreement(tmp_path, "sinusoid")
+    assert [r["method"] for r in rows if r["metric"].startswith("cannot run")] == ["higher"]
     monkeypatch.setattr(peers_jax, "FIRST_ORDER", "none")
     monkeypatch.setattr(
         Fake, "ask", lambda self, *, row, file, **r: np.savez(file, w=[float(len(row))]) or {}
     )
     with pytest.raises(RuntimeError, match="its float64 gradient differs"):
         peers.agreement(tmp_path, "sinusoid")
+
+
+def test_a_worker_that_fails_is_named_with_its_reason(monkeypatch, tmp_path):
+    class Fake:
+        def ask(self, *, do, row):
+            return {"error": "out of memory"} if row == "higher" else {"seconds": 1.0, "peak": 5}
+
+    monkeypatch.setattr(peers, "workers", lambda p, *f: contextlib.nullcontext([Fake() for _ in f]))
+    monkeypatch.setattr(peers, "missing", lambda row: None)
+    monkeypatch.setattr(peers, "PAUSE", 0.0)
+    rows = peers.timing(tmp_path, "sinusoid", 2, 1.0)
+    assert {r["method"] for r in rows if r["metric"] == "median seconds"} == {
+        row for _, row in peers.runnable() if row != "higher"
+    }
+    rows += peers.memory(tmp_path, "sinusoid", "torch", "higher")
+    why = [r for r in rows if r["method"] == "higher"]
+    assert [r["metric"] for r in why] == ["cannot run: out of memory"] * 2
+    assert "| sinusoid | higher | out of memory | | | | |" in peers.table(rows)
+
+
+def test_what_would_have_no_effect_is_refused():
+    for changes, message in (
+        ({"seeds": 3}, "does not depend on a seed"),
+        ({"resume": True}, "one piece"),
+        ({"model": "mlp", "width": 8}, "width: of the decoder, and this is model=mlp"),
+        ({"model": "mlp", "small": True}, "small: of the decoder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            second_order_cost.Config(**changes)
+    assert second_order_cost.Config(model="conv", small=True).small
+    assert peers.Config(resume=True).resume
+
+
+def test_pieces_of_other_settings_are_not_joined(tmp_path):
+    out = ["--out", str(tmp_path), "--axes", "tokens"]
+    given = configuration.parse(scaling_laws.PRESETS, ["--preset", "smoke", *out])
+    record(given, "axes")
+    piece(tmp_path, "tokens", lambda: [{"value": 1.0}], wanted=True, resume=False)
+    record(dataclasses.replace(given, axes=("tasks",)), "axes")
+    with pytest.raises(SystemExit, match="other settings"):
+        record(dataclasses.replace(given, repeats=given.repeats + 1), "axes")
 
 
 def test_an_exponent_is_that_of_the_power_law():

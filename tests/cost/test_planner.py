@@ -214,6 +214,7 @@ def test_the_command_prints_a_table_and_writes_rows(capsys, tmp_path):
         ([], "say what to plan for: --model NAME or --problem MODULE:FUNCTION"),
         (["--model", "tiny", "--topology", "v9:1x1"], "names the generation 'v9'"),
         (["--model", "tiny", "--mesh", "tasks"], "'tasks' is no mesh; write tasks=4,fsdp=-1"),
+        (["--problem", "a:b", "--tokens", "9"], "--tokens: these are of --model; what --problem's"),
         (["--model", "tiny", "--option", "layers"], "'layers' is no option; write NAME=VALUE"),
         (["--model", "tiny", "--option", "depth=1"], "unexpected keyword argument 'depth'"),
         (["--model", "tiny", "--tokens", "999"], "tiny has 64 positions; 999 tokens do not fit"),

@@ -34,6 +34,14 @@ def adapter(vocab=12, width=8):
     return model.init(jax.random.key(0), vocab, width, 2)["adapter"]
 
 
+@pytest.mark.parametrize("pool", [24, 54, 60])
+def test_both_kinds_of_pool_hold_what_was_asked_for(pool):
+    sizes = {kind: active_fewshot.class_sizes(pool, 5, kind) for kind in page.KINDS}
+    assert all(sum(each) == pool for each in sizes.values())
+    assert max(sizes["balanced"]) - min(sizes["balanced"]) <= 1
+    assert active_fewshot.class_sizes(60, 5, "skewed") == [20, 20, 10, 5, 5]
+
+
 @pytest.mark.parametrize("kind", page.KINDS)
 def test_a_task_is_disjoint_and_keeps_its_geometry(kind):
     made = active_fewshot.make_task(SMALL, adapter(), source(), kind, 3)

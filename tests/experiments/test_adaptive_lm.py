@@ -253,6 +253,8 @@ def test_what_makes_no_sense_is_refused_at_once(monkeypatch, tmp_path):
         ({"layers": 1}, "above its first"),
         ({"inner_rate": 0.0}, "inner_rate=0.0: choose more than 0"),
         ({"neighbours": 0}, "neighbours=0"),
+        ({"extra_steps": 0}, "extra_steps=0"),
+        ({"datastore": 63}, "datastore=63: .* choose at least 64"),
         ({"reference": float("nan")}, "reference=nan"),
         (
             {"model": "gpt2"},
@@ -314,6 +316,28 @@ def test_every_method_in_one_run(tmp_path):
     out = tmp_path / "all"
     adaptive_lm.main(["--preset", "smoke", "--seeds", "1", "--out", str(out)])
     results = read_results(out)
-    for metric in (page.PERPLEXITY, page.COST, page.MEMORY):
+    for metric in (page.PERPLEXITY, scoring.COST, scoring.MEMORY):
         found = {row["method"] for row in results["summary"] if row["metric"] == metric}
         assert found - {UNIGRAM} == set(METHODS), metric
+
+
+@pytest.mark.parametrize(
+    ("sgd", "exact", "cost", "said"),
+    [
+        (9.0, 8.0, 2.0, "212 % of the gain in nats of SGD dynamic evaluation at 0.50 of its cost"),
+        (9.0, 9.9, 2.0, "does not reach the aim"),
+        (9.0, 8.0, 3.0, "does not reach the aim"),
+        (10.2, 10.2, 2.0, "gains nothing over static here (-0.020 nats)"),
+    ],
+)
+def test_a_share_of_a_gain_is_said_only_of_a_gain(sgd, exact, cost, said):
+    perplexity = {STATIC: 10.0, SGD: sgd, EXACT: exact}
+    summary = [
+        {"method": name, "metric": page.PERPLEXITY, "mean": value}
+        for name, value in perplexity.items()
+    ]
+    summary += [
+        {"method": name, "metric": scoring.COST, "mean": value}
+        for name, value in ((SGD, 4.0), (EXACT, cost))
+    ]
+    assert said in page.notes(adaptive_lm.PRESETS["smoke"], summary)[-1]

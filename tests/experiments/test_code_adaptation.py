@@ -123,6 +123,7 @@ def test_the_verdict_is_the_intervals(gap, word):
     [
         ({"support": 0}, "support=0: choose more than 0"),
         ({"rates": ()}, r"rates=.* choose more than 0"),
+        ({"before": 1}, "before=1 windows before a hole are fewer than the support=2"),
         ({"hole": 16}, "hole=16 leaves no context in a window of window=16"),
     ],
 )

@@ -20,17 +20,18 @@ def asked(out, *flags):
     return configuration.parse(Config, ["--out", str(out), *flags])
 
 
-def test_a_run_does_not_go_on_under_other_settings(tmp_path):
+@pytest.mark.parametrize("kept", ["maml-0/metrics.jsonl", "runs/a/scored.json", "grid-1.json"])
+def test_a_run_does_not_go_on_under_other_settings(tmp_path, kept):
     out = tmp_path / "run"
     record(asked(out), "seeds")
-    record(asked(out, "--rate", "0.2"), "seeds")  # nothing was trained yet
-    (out / "maml-0").mkdir()
-    (out / "maml-0" / "metrics.jsonl").write_text("{}\n")
-    kept = (out / "config.yaml").read_bytes()
+    record(asked(out, "--rate", "0.2"), "seeds")  # nothing was made yet
+    (out / kept).parent.mkdir(parents=True, exist_ok=True)
+    (out / kept).write_text("{}\n")
+    before = (out / "config.yaml").read_bytes()
     for flags in (["--rate", "0.3"], ["--rate", "0.3", "--resume"]):
         with pytest.raises(SystemExit, match=r"other settings \(rate 0.2, now 0.3\): choose anoth"):
             record(asked(out, *flags), "seeds")
-        assert (out / "config.yaml").read_bytes() == kept
+        assert (out / "config.yaml").read_bytes() == before
     with pytest.raises(SystemExit, match="seeds 1, now 2"):
         record(asked(out, "--rate", "0.2", "--seeds", "2"))
     record(asked(out, "--rate", "0.2", "--seeds", "2", "--resume"), "seeds")

@@ -125,3 +125,15 @@ def test_predictors_without_a_network_on_a_task_worked_by_hand():
     found = sinusoid.without_training(Episode(batch([0, 4], [1, 3]), batch([1, 3], [2, 3])))
     np.testing.assert_allclose(found["nearest support point"], [0.5])  # (1 - 2)^2 / 2
     np.testing.assert_allclose(found["mean of the support"], [0.5])  # (0 + 1) / 2
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"inner_steps": 12}, "inner_steps=12: at test 10 steps are taken"),
+        ({"evaluate_every": 0}, "evaluate_every=0: choose more than 0"),
+    ],
+)
+def test_settings_without_a_meaning_are_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        sinusoid.Config(**change)
