@@ -111,7 +111,7 @@ def missing(row: str) -> str | None:
         return None
     for package in ("torch", peers_torch.NEEDS.get(row, "torch")):
         if importlib.util.find_spec(package) is None:
-            return f"{package} is not installed: pip install 'jmeta[peers]'"
+            return f"{package} is not installed: pip install -e '.[peers]'"
     return None
 
 

@@ -20,7 +20,6 @@ import jmeta
 from benchmarks.pieces import WholeConfig, leave
 from jmeta import cost, methods, optim
 from jmeta.core.types import Episode, MetaGradient, PyTree
-from jmeta.methods.maml import learned_start
 from jmeta.models import masked_lm, teacher_lm
 from jmeta.runtime import config as configuration
 from jmeta.runtime import statistics
@@ -119,7 +118,7 @@ def cells(config: Config) -> dict[str, Cell]:
     soft = functools.partial(methods.soft_teacher, student)
     make = functools.partial(cell, config, init=functools.partial(teacher_lm.init_teacher, shape))
     reverse = jmeta.reverse_grad
-    mlm = jmeta.unrolled(learned_start(student.loss, optax.sgd(0.0)), steps=0)
+    mlm = methods.plain_gradient(student.loss)
     plain_batch = jax.tree.map(lambda x: x[0], pair)
     return {
         MLM: cell(

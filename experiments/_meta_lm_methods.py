@@ -11,16 +11,13 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import optax
 
-import jmeta
 from experiments import _meta_lm_data as data_of
 from experiments import _teacher_shared as shared
 from experiments._meta_lm_data import Batch, Data
 from experiments._teacher_shared import HARD, MASKS, SOFT
 from jmeta import methods
 from jmeta.core.types import Array, Key, MetaGradient, PyTree
-from jmeta.methods.maml import learned_start
 from jmeta.models import heads, masked_lm, teacher_lm
 from jmeta.models.transformer import TransformerConfig
 
@@ -65,11 +62,6 @@ def student_loss(config: Any, shape: TransformerConfig) -> Any:
     return functools.partial(masked_lm.loss, shape, chunk=config.vocab_chunk or None)
 
 
-def plain(loss: Any) -> MetaGradient:
-    """The plain gradient of a loss: a meta-gradient of zero inner steps."""
-    return jmeta.first_order(learned_start(loss, optax.identity()), 0)
-
-
 def build(config: Any, data: Data, name: str) -> Method:
     """A method by its name.
 
@@ -80,7 +72,7 @@ def build(config: Any, data: Data, name: str) -> Method:
     loss = student_loss(config, shape)
     if name == MLM:
         return Method(
-            plain(loss),
+            methods.plain_gradient(loss),
             functools.partial(masked_lm.init, shape),
             data_of.mlm_sample(config, data),
             lambda meta, state: meta,

@@ -192,7 +192,9 @@ def make_tuner(config: Any, data: Data) -> Tuner:
     """Fine-tuning by masked_lm's head: a label is a token at every position."""
     shape = methods_of.network(config, data.words.size)
     outer = adamw(config.finetune_rate, config.finetune_warmup)
-    trainer = jmeta.meta_trainer(methods_of.plain(methods_of.student_loss(config, shape)), outer)
+    trainer = jmeta.meta_trainer(
+        methods.plain_gradient(methods_of.student_loss(config, shape)), outer
+    )
     begin = jax.jit(trainer.init)
 
     def run(state: TrainState, batches: PyTree) -> TrainState:

@@ -15,7 +15,6 @@ from experiments import _qa_data as data
 from jmeta.core import optim
 from jmeta.core.tree import global_norm
 from jmeta.core.types import Array, Key, MetaGradient, PyTree
-from jmeta.methods.maml import learned_start
 from jmeta.models import gpt2
 from jmeta.models.gpt2 import GPT2Config
 from jmeta.tasks.episodes import FewShot
@@ -78,11 +77,6 @@ def classifier(start: Start, params: PyTree, key: Array) -> tuple[GPT2Config, Py
     """A language model's body with a new head for two classes."""
     config = start.config._replace(head="classify", labels=2)
     return config, {**params, "head": gpt2.init_head(config, key)}
-
-
-def plain(loss: Any) -> MetaGradient:
-    """The plain gradient of a loss: a meta-gradient of zero inner steps."""
-    return jmeta.first_order(learned_start(loss, optax.identity()), 0)
 
 
 def reptile(loss: Any, steps: int, rate: float) -> MetaGradient:

@@ -97,7 +97,7 @@ class Grid(NamedTuple):
 def make_grid(probe: Probe, sizes: Sizes, rates: Rates) -> Grid:
     """The trainings of a probe."""
     loss = _loss(probe)
-    plain = jmeta.first_order(learned_start(loss, optax.identity()), 0)
+    plain = jmeta.methods.plain_gradient(loss)
     stage = _trainer(plain, _adamw(rates.transfer, sizes.batches // SUBSET))
     fine_tune = _trainer(plain, _adamw(rates.target, sizes.target_steps))
     each = INNER + 1  # batches of a task in an outer step: MAML's last one is its query

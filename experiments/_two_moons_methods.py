@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import optax
 
 import jmeta
 from experiments import _teacher_shared as shared
@@ -19,7 +18,6 @@ from experiments._teacher_shared import MASKS, SOFT
 from experiments._two_moons_data import Batch, Data
 from jmeta import methods
 from jmeta.core.types import Array, Episode, Key, MetaGradient, PyTree
-from jmeta.methods.maml import learned_start
 from jmeta.models import masked_lm, teacher_lm
 from jmeta.models.transformer import TransformerConfig
 
@@ -72,7 +70,7 @@ def _batch_shape(config: Any) -> tuple[int, int, int]:
 def _mlm(config: Any, data: Data, shape: TransformerConfig, loss: Any) -> Method:
     size = _batch_shape(config)
     return Method(
-        jmeta.over_tasks(jmeta.unrolled(learned_start(loss, optax.sgd(0.0)), steps=0)),
+        jmeta.over_tasks(methods.plain_gradient(loss)),
         functools.partial(masked_lm.init, shape),
         lambda seed, chunk: data_of.mlm_chunk(data, seed, chunk, size),
         lambda meta, state: meta,

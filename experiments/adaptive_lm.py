@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-import jmeta
 from experiments import _adaptive_lm_data as data_of
 from experiments import _adaptive_lm_methods as methods_of
 from experiments import _adaptive_lm_report as page
@@ -43,7 +42,7 @@ from experiments._shared import command_line, record, require_positive, train_me
 from experiments._teacher_shared import named
 from jmeta.core.types import Episode, PyTree
 from jmeta.data.sources import DataUnavailable
-from jmeta.methods import fast_weights, learned_start
+from jmeta.methods import fast_weights, plain_gradient
 from jmeta.methods.fast_weights import FastWeights
 from jmeta.runtime import config as configuration
 from jmeta.runtime import distributed, fit
@@ -114,7 +113,7 @@ class Config(configuration.RunConfig):
         require_positive(
             self, "length", "batch", "neighbours", "datastore", "statistics_batches",
             "validation_documents", "test_documents", "score_batch", "inner_rate", "reference",
-            "base_steps", "extra_steps",
+            "extra_steps",
         )  # fmt: skip
         if self.model != BASE and NGRAM in self.methods:
             others = ",".join(name for name in self.methods if name != NGRAM)
@@ -125,6 +124,8 @@ class Config(configuration.RunConfig):
             raise ValueError(f"corpus={self.corpus!r}: choose embedded or wikitext2")
         if NGRAM in self.methods and self.layers < 2:
             raise ValueError(f"layers={self.layers}: {NGRAM} needs one above its first")
+        if self.base_steps < 0:
+            raise ValueError(f"base_steps={self.base_steps}: 0, which trains no base, or more")
         fewest = 2 * scoring.KNN_PAIRS
         if {KNN, SHORT} & set(self.methods) and self.datastore < fewest:
             raise ValueError(
@@ -162,14 +163,13 @@ def train(
     first: int,
 ) -> PyTree:  # fmt: skip
     """Train from a start on the batches ``first``, ``first + 1``, ... of a seed."""
-    problem = learned_start(loss, optax.sgd(0.0))
     warm, last = max(steps // 20, 1), max(steps, 2)  # a decay needs a step after the warm-up
     schedule = optax.warmup_cosine_decay_schedule(0.0, config.rate, warm, last, config.rate / 10)
     outer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
     sample = data_of.sampler(data, config.length, config.batch)
     done = train_method(
         f"{name}, seed {seed}",
-        jmeta.first_order(problem, 0),  # no inner step: the plain gradient of the query's loss
+        plain_gradient(loss),
         outer,
         jax.tree.map(jnp.copy, start),
         fit.from_function(lambda step: Episode((), sample(seed, first + step))),

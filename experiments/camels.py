@@ -32,7 +32,7 @@ from experiments._camels_scoring import (
 from experiments._shared import Trained, command_line, record, require_positive, train_method
 from jmeta.core.types import Array, Key, MetaGradient, PyTree
 from jmeta.data.sources import DataUnavailable
-from jmeta.methods import learned_start
+from jmeta.methods import plain_gradient
 from jmeta.models import transformer
 from jmeta.runtime import config as configuration
 from jmeta.runtime import distributed, fit
@@ -126,11 +126,9 @@ def train_base(config: Config, data: reading.Data) -> Trained:
     def loss(params: PyTree, batch: PyTree, key: Key) -> tuple[Array, PyTree]:
         return transformer.next_token_loss(model, params, batch["tokens"], batch["mask"])
 
-    # The gradient after no inner step is the gradient.
-    mg = jmeta.first_order(learned_start(loss, optax.sgd(0.0)), 0)
     schedule = optax.cosine_decay_schedule(config.base_lr, config.base_steps)
     return train_method(
-        "base", mg, optax.adamw(schedule, weight_decay=0.01),
+        "base", plain_gradient(loss), optax.adamw(schedule, weight_decay=0.01),
         transformer.init(model, jax.random.key(seed)),
         fit.from_function(reading.base_batches(config, data.parts["base"], seed)),
         config.out / "base",

@@ -141,8 +141,7 @@ def train_base(config: Config, source: files.Files) -> Trained:
         rows = source.tokens[starts[:, None] + np.arange(length)]
         return Episode(None, {"tokens": rows, "weights": np.ones(rows.shape, np.float32)})
 
-    # The gradient after no inner step is the gradient.
-    mg = jmeta.first_order(methods.learned_start(make_loss(config), optax.sgd(0.0)), 0)
+    mg = methods.plain_gradient(make_loss(config))
     schedule = optax.cosine_decay_schedule(config.base_lr, config.base_steps)
     return train_method(
         "base", mg, optax.adamw(schedule, weight_decay=0.01),

@@ -1,4 +1,4 @@
-"""Few-shot text classification on unseen classes: exact MAML beside nine other ways (make demo).
+"""Few-shot text classification on unseen classes: exact MAML beside eleven other ways (make demo).
 
 A network is trained jointly on half of the training classes; its body is then frozen, and every
 method goes on from there on the other half. All are scored on the same episodes of test classes.
@@ -32,7 +32,7 @@ from experiments._shared import (
 from jmeta.core.types import Episode, MetaGradient, PyTree
 from jmeta.data.loader import episode_loader
 from jmeta.data.sources import DataUnavailable
-from jmeta.methods.maml import learned_start
+from jmeta.methods.maml import plain_gradient
 from jmeta.runtime import config as configuration
 from jmeta.runtime import distributed
 from jmeta.tasks.corpora import SPLITS, stdlib_passages
@@ -144,9 +144,8 @@ def load(config: Config) -> dict[str, FewShot]:
 
 
 def joint(dropout: float, *, whole: bool) -> MetaGradient:
-    """The plain gradient of a joint classifier: a meta-gradient of zero inner steps."""
-    loss = model.whole_loss(dropout) if whole else model.top_loss(dropout)
-    return jmeta.first_order(learned_start(loss, optax.identity()), 0)
+    """What a joint classifier follows."""
+    return plain_gradient(model.whole_loss(dropout) if whole else model.top_loss(dropout))
 
 
 def estimator(config: Config, method: str, rates: dict[str, float]) -> MetaGradient:

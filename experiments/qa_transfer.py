@@ -25,6 +25,7 @@ from experiments._qa_data import SOURCES
 from experiments._shared import Trained, command_line, record, require_positive, train_method
 from jmeta.core.types import MetaGradient, PyTree
 from jmeta.data.sources import DataUnavailable
+from jmeta.methods import plain_gradient
 from jmeta.models import gpt2
 from jmeta.runtime import config as configuration
 from jmeta.runtime import distributed
@@ -197,7 +198,7 @@ def small_start(config: Config, text: list[str], held: list[str]) -> tuple[model
     loss = jax.jit(lambda params: gpt2.loss(shape, params, judged)[0])
     trained = train(
         config, "language model", config.out / "language-model",
-        model.plain(model.text_loss(shape)),
+        plain_gradient(model.text_loss(shape)),
         model.adamw(model.decayed(config.lm_lr, config.lm_steps)),
         gpt2.init(shape, jax.random.key(0)),
         data.windows_of(streams, config.lm_batch, config.positions, 0),
@@ -246,12 +247,12 @@ def intermediate(
     once = model.adamw(model.decayed(config.qa_lr, steps))
     if plan.kind == "text":
         sample = data.windows_of([bench.text], size, config.positions, seed)
-        return model.plain(loss), once, sample, steps
+        return plain_gradient(loss), once, sample, steps
     if plan.kind == "mixture":
-        return model.plain(loss), once, data.mixed(sources, size, seed), steps
+        return plain_gradient(loss), once, data.mixed(sources, size, seed), steps
     if plan.kind == "sequence":
         outer = model.adamw(model.restarted(config.qa_lr, steps, len(sources)))
-        return model.plain(loss), outer, data.in_sequence(sources, size, steps, seed), steps
+        return plain_gradient(loss), outer, data.in_sequence(sources, size, steps, seed), steps
     steps //= len(sources) * config.inner_steps
     outer = optax.sgd(optax.linear_schedule(config.reptile_lr, 0.0, steps))
     sample = data.by_task(sources, size, config.inner_steps, seed)
@@ -270,7 +271,7 @@ def fine_tune(
 
     return train(
         config, f"{plan.name}, then SST-2, seed {seed}", folder,
-        model.plain(model.class_loss(shape)),
+        plain_gradient(model.class_loss(shape)),
         model.adamw(model.decayed(config.target_lr, config.target_steps)), begin,
         data.phrases(sentences.train, config.target_batch), config.target_steps, seed,
         evaluate=look, evaluate_every=max(1, config.target_steps // config.looks),

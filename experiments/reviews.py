@@ -31,7 +31,7 @@ from experiments._shared import (
 from jmeta.core.types import Episode, MetaGradient, PyTree
 from jmeta.data.loader import episode_loader
 from jmeta.data.sources import DataUnavailable
-from jmeta.methods.maml import learned_start
+from jmeta.methods.maml import plain_gradient
 from jmeta.runtime import config as configuration
 from jmeta.runtime import distributed
 from jmeta.tasks import reviews
@@ -200,9 +200,8 @@ def kind(method: str) -> str:
 
 def estimator(config: Config, encoder: model.Encoder, method: str) -> MetaGradient:
     """The meta-gradient of one method."""
-    if method == "transfer":  # a meta-gradient of zero inner steps
-        loss = model.loss_of(encoder.config, config.hide)
-        return jmeta.first_order(learned_start(loss, optax.identity()), 0)
+    if method == "transfer":
+        return plain_gradient(model.loss_of(encoder.config, config.hide))
     rate, steps = inner_rate(config, method), config.inner_steps
     problem = model.problem(encoder, kind(method), rate, config.hide)[1]
     make = {"fomaml": jmeta.first_order, "reptile": jmeta.reptile}.get(method, jmeta.mixed_mode)

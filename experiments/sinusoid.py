@@ -113,8 +113,7 @@ def estimators(config: Config) -> dict[str, MetaGradient]:
         "maml": jmeta.mixed_mode(problem, steps),
         "fomaml": jmeta.first_order(problem, steps),
         "reptile": _on_all_points(jmeta.reptile(problem, steps)),
-        # The gradient after no step: one network for all tasks.
-        "joint training": jmeta.first_order(problem, 0),
+        "joint training": methods.plain_gradient(loss),  # one network for all tasks
     }
 
 

@@ -34,7 +34,7 @@ from experiments._task_diversity_probe import (
     probe,
 )
 from jmeta.data.sources import DataUnavailable
-from jmeta.methods import load_embeddings, save_embeddings
+from jmeta.methods import load_embeddings, plain_gradient, save_embeddings
 from jmeta.models import gpt2
 from jmeta.runtime import config as configuration
 from jmeta.runtime import distributed
@@ -118,7 +118,7 @@ def small_probe(config: Config, texts: list[str]) -> Probe:
     )  # fmt: skip
     streams = [_qa_data.stream(part, words) for part in (code, texts, texts)]
     trained = train_method(
-        "language model", _qa_model.plain(_qa_model.text_loss(shape)),
+        "language model", plain_gradient(_qa_model.text_loss(shape)),
         _qa_model.adamw(_qa_model.decayed(2e-3, config.lm_steps)),
         gpt2.init(shape, jax.random.key(0)),
         from_function(_qa_data.windows_of(streams, config.lm_batch, config.positions, 0)),

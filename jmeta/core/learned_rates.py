@@ -6,14 +6,13 @@ r"""Learned learning rates: for each leaf, layer, parameter or inner step, as me
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jmeta.core.optim_pieces import leaf_name
+from jmeta.core.tree import at_least_float32, matches, path_name
 
 
 class PerStepState(NamedTuple):
@@ -95,11 +94,11 @@ def scale_by_step_tree(rates: Any) -> optax.GradientTransformation:
     for path, rate in jax.tree_util.tree_leaves_with_path(rates):
         if jnp.ndim(rate) == 0:
             raise ValueError(
-                f"per-step rate {leaf_name(path)!r} is a scalar: it needs a leading [steps] axis "
+                f"per-step rate {path_name(path)!r} is a scalar: it needs a leading [steps] axis "
                 "(init_rates(params, value, steps=T)); for one rate at all steps use learned_sgd"
             )
     lengths = {
-        leaf_name(path): jnp.shape(rate)[0]
+        path_name(path): jnp.shape(rate)[0]
         for path, rate in jax.tree_util.tree_leaves_with_path(rates)
     }
     if len(set(lengths.values())) > 1 or 0 in lengths.values():
@@ -162,7 +161,7 @@ def init_rates(
     *,
     steps: int | None = None,
     per: Literal["leaf", "layer", "element"] = "leaf",
-    stacked: str = "*",
+    stacked: str = "**",
 ) -> Any:
     """Rates that all start at ``value``: for :func:`learned_sgd`, with ``steps`` :func:`per_step`.
 
@@ -172,7 +171,7 @@ def init_rates(
         steps: number of inner steps, for a rate at each; None for one rate at all steps.
         per: "leaf": one rate for each leaf; "layer": one for each index of the leading axis of the
             stacked leaves, and one for each other leaf; "element": one for each parameter.
-        stacked: for "layer", the glob over dotted names (``blocks.*``) of the leaves that stack
+        stacked: for "layer", the path glob (``blocks.**``) of the leaves that stack
             their layers on the leading axis. By default all of them.
 
     Returns:
@@ -185,7 +184,7 @@ def init_rates(
     Example:
         >>> import jax, jax.numpy as jnp
         >>> params = {"blocks": {"w": jnp.ones((4, 8, 8))}, "head": jnp.ones((8, 2))}
-        >>> rates = init_rates(params, 0.1, steps=5, per="layer", stacked="blocks.*")
+        >>> rates = init_rates(params, 0.1, steps=5, per="layer", stacked="blocks.**")
         >>> jax.tree.map(jnp.shape, rates)
         {'blocks': {'w': (5, 4)}, 'head': (5,)}
     """
@@ -193,8 +192,8 @@ def init_rates(
         raise ValueError(f"init_rates: per must be 'leaf', 'layer' or 'element', not {per!r}")
     if steps is not None and steps < 1:
         raise ValueError(f"init_rates: steps must be at least 1, not {steps}")
-    names = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    if per == "layer" and not any(fnmatchcase(name, stacked) for name in names):
+    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    if per == "layer" and not any(matches(name, stacked) for name in names):
         raise ValueError(f"init_rates: stacked={stacked!r} matches none of the leaves {names}")
 
     def rate(path: Any, leaf: Any) -> jax.Array:
@@ -202,9 +201,8 @@ def init_rates(
         if per == "leaf":
             shape = ()
         elif per == "layer":
-            shape = shape[:1] if fnmatchcase(leaf_name(path), stacked) else ()
-        dtype = jnp.result_type(leaf)
-        dtype = dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
+            shape = shape[:1] if matches(path_name(path), stacked) else ()
+        dtype = at_least_float32(jnp.result_type(leaf))
         return jnp.full(shape if steps is None else (steps, *shape), value, dtype)
 
     return jax.tree_util.tree_map_with_path(rate, params)
@@ -228,9 +226,9 @@ def _spread(rates: Any, params: Any) -> Any:
     def find(path: Any, leaf: Any) -> jax.Array:
         at = next((path[:n] for n in range(len(path) + 1) if path[:n] in given), None)
         if at is None:
-            known = ", ".join(repr(leaf_name(p)) for p in given) or "nothing"
+            known = ", ".join(repr(path_name(p)) for p in given) or "nothing"
             raise ValueError(
-                f"no learning rate for leaf {leaf_name(path)!r}: there are rates for {known}"
+                f"no learning rate for leaf {path_name(path)!r}: there are rates for {known}"
             )
         used.add(at)
         rate, shape = jnp.asarray(given[at]), jnp.shape(leaf)
@@ -238,13 +236,13 @@ def _spread(rates: Any, params: Any) -> Any:
         fits = missing >= 0 and all(r in (s, 1) for r, s in zip(rate.shape, shape, strict=False))
         if not fits:
             raise ValueError(
-                f"the learning rate of leaf {leaf_name(path)!r} has shape {rate.shape}, which is "
+                f"the learning rate of leaf {path_name(path)!r} has shape {rate.shape}, which is "
                 f"not (), {shape}, nor a leading part of it"
             )
         return rate.reshape(rate.shape + (1,) * missing).astype(jnp.result_type(leaf))
 
     spread = jax.tree_util.tree_map_with_path(find, params)
-    unused = [leaf_name(path) for path in given if path not in used]
+    unused = [path_name(path) for path in given if path not in used]
     if unused:
         raise ValueError(f"learning rates for no leaf of the parameters: {', '.join(unused)}")
     return spread

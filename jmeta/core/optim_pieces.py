@@ -11,14 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jmeta.core.tree import path_name
+
 Number: TypeAlias = float | jax.Array
 EPS_ROOT = 1e-16
 """Added inside the roots of second moments: float32 bears its power -3/2, a step hardly sees it."""
-
-
-def leaf_name(path: tuple[Any, ...]) -> str:
-    """The dotted name of a leaf, such as ``dense.kernel``; the bare array is ``<root>``."""
-    return jax.tree_util.keystr(path, simple=True, separator=".") or "<root>"
 
 
 def safe_norm(x: jax.Array, *, axis: tuple[int, ...] | None = None) -> jax.Array:
@@ -64,7 +61,7 @@ def drop_in(
             if eps_root < float(jnp.finfo(dtype).tiny):
                 raise ValueError(
                     f"{name}={eps_root} is zero in {dtype}, the dtype of leaf "
-                    f"{leaf_name(path)!r}: the meta-gradient would be NaN wherever its inner "
+                    f"{path_name(path)!r}: the meta-gradient would be NaN wherever its inner "
                     f"gradient is zero. Use a larger {name}, float32 or bfloat16 parameters, or "
                     "adam_stopped."
                 )

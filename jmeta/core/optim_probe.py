@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jmeta.core.optim_pieces import leaf_name
+from jmeta.core.tree import path_name
 
 CASES = {
     "entries": "its first entries have zero gradient (a dead unit, an unseen embedding row)",
@@ -105,7 +105,7 @@ def probe(
     if steps < 1:
         raise ValueError(f"probe: steps must be at least 1, not {steps}")
     paths = [
-        (leaf_name(path), jnp.result_type(leaf))
+        (path_name(path), jnp.result_type(leaf))
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     ]
     whole = [f"{name} ({dtype})" for name, dtype in paths if not jnp.issubdtype(dtype, jnp.inexact)]

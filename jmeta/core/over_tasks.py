@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jmeta.core.inner import fold
-from jmeta.core.tree import global_norm
+from jmeta.core.tree import at_least_float32, global_norm
 from jmeta.core.types import Episode, Info, Key, MetaGradient, PyTree
 
 TASK_AXES = ("tasks", "fsdp")  # the axes of a mesh over which the tasks are split
@@ -83,7 +82,8 @@ def over_tasks(
 
         def several(indices: jax.Array, state: PyTree, episodes: Episode):
             grads, state, info = jax.vmap(one)(indices, state, episodes)
-            return jax.tree.map(lambda g: jnp.sum(g.astype(wide(g)), axis=0), grads), state, info
+            total = lambda g: jnp.sum(g, axis=0, dtype=at_least_float32(g.dtype))  # noqa: E731
+            return jax.tree.map(total, grads), state, info
 
         def accumulated(*tasks: PyTree):
             if together == own:
@@ -98,7 +98,9 @@ def over_tasks(
                 grads, state, info = step(*part)
                 return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads), (state, info)
 
-            zeros = jax.tree.map(lambda m: jnp.zeros_like(m, wide(m)), meta)
+            zeros = jax.tree.map(
+                lambda m: jnp.zeros_like(m, at_least_float32(jnp.result_type(m))), meta
+            )
             total, rest = jax.lax.scan(add, zeros, parts)
             return total, *jax.tree.map(lambda x: x.reshape(own, *x.shape[cut:]), rest)
 
@@ -117,23 +119,6 @@ def over_tasks(
         return grads, state, Info(*info)._replace(grad_norm=global_norm(grads))
 
     return MetaGradient(init, estimate)
-
-
-def wide(leaf: Any) -> jnp.dtype:
-    """The dtype in which gradients are summed: the leaf's own, and float32 at least.
-
-    Args:
-        leaf: an array.
-
-    Returns:
-        A floating-point dtype.
-
-    Example:
-        >>> wide(jnp.ones(2, jnp.bfloat16))
-        dtype('float32')
-    """
-    dtype = jnp.result_type(leaf)
-    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype("float32")
 
 
 def _task_shards() -> tuple[tuple[str, ...], int]:

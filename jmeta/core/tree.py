@@ -206,3 +206,19 @@ def global_norm(tree: PyTree) -> jax.Array:
     dtype = max(dtypes, key=lambda d: d.itemsize)
     squares = [jnp.sum(jnp.square(jnp.abs(leaf.astype(dtype)))) for leaf in leaves]
     return jnp.sqrt(sum(squares, jnp.zeros((), dtype)))
+
+
+def at_least_float32(dtype: Any) -> Any:
+    """The dtype of sums and statistics of an array: float32 for anything narrower, else its own.
+
+    Args:
+        dtype: a floating-point dtype.
+
+    Returns:
+        A floating-point dtype.
+
+    Example:
+        >>> at_least_float32(jnp.bfloat16), at_least_float32(jnp.dtype("float64"))
+        (dtype('float32'), dtype('float64'))
+    """
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype("float32")

@@ -69,7 +69,7 @@ def require_libtpu() -> None:
     """
     if importlib.util.find_spec("libtpu") is None:
         raise TopologyError(
-            "the TPU compiler is not installed: pip install 'jmeta[tpu]' (no TPU is needed)"
+            "the TPU compiler is not installed: pip install -e '.[tpu]' in a checkout (no TPU is needed)"
         )
 
 

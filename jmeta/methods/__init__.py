@@ -36,7 +36,7 @@ from jmeta.methods.learned_mixture import (
     mixture_gradients,
     mixture_problem,
 )
-from jmeta.methods.maml import fomaml, learned_start, maml, reptile
+from jmeta.methods.maml import fomaml, learned_start, maml, plain_gradient, reptile
 from jmeta.methods.maml_plus_plus import annealed, maml_plus_plus, maml_plus_plus_init
 from jmeta.methods.mask_budget import within_budget
 from jmeta.methods.meta_pseudo_labels import labelled_auxiliary, meta_pseudo_labels
@@ -200,6 +200,7 @@ __all__ = [
     "paired_losses",
     "panels",
     "per_example",
+    "plain_gradient",
     "point_factors",
     "population",
     "pre_training",

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jmeta.core.tree import matches, path_name
+from jmeta.core.tree import at_least_float32, matches, path_name
 from jmeta.core.types import Array, PyTree
 
 
@@ -107,7 +107,9 @@ def dps(
         return DPSState(
             jnp.zeros((), jnp.int32),
             optimizer.init(params),
-            _of_matrices(params, stacked, lambda w, _: jnp.zeros(w.shape, _wide(w)), 0.0),
+            _of_matrices(
+                params, stacked, lambda w, _: jnp.zeros(w.shape, at_least_float32(w.dtype)), 0.0
+            ),
             _of_matrices(params, stacked, lambda w, _: jnp.ones(w.shape, bool), True),
         )
 
@@ -193,7 +195,9 @@ def dps_mix(
         return DPSMixState(
             jnp.zeros((), jnp.int32),
             optimizer.init(params),
-            _of_matrices(params, stacked, lambda w, _: jnp.zeros(w.shape, _wide(w)), 0.0),
+            _of_matrices(
+                params, stacked, lambda w, _: jnp.zeros(w.shape, at_least_float32(w.dtype)), 0.0
+            ),
             _of_matrices(params, stacked, lambda w, _: jnp.ones(w.shape, bool), True),
             params,
             params,
@@ -277,10 +281,6 @@ def _is_stacked(path: tuple[Any, ...], stacked: Sequence[str]) -> bool:
 
 def _is_matrix(leaf: Array) -> bool:
     return leaf.ndim > 0
-
-
-def _wide(leaf: Array) -> Any:
-    return leaf.dtype if jnp.finfo(leaf.dtype).bits >= 32 else jnp.float32
 
 
 def _where(masks: PyTree, tree: PyTree, always: Array) -> PyTree:

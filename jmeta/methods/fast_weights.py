@@ -11,11 +11,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jmeta.core.tree import at_least_float32
 from jmeta.core.types import Array
 from jmeta.methods.fast_weights_block import (
     Learned,
     Params,
-    at_least_float32,
     dense,
     gradients,
     init,

@@ -120,11 +120,6 @@ class Learned(NamedTuple):
     bias: Array
 
 
-def at_least_float32(dtype: Any) -> Any:
-    """Float32 for anything narrower, else the dtype itself."""
-    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
-
-
 def dense(x: Array, layer: Params) -> Array:
     """``x W + b`` over the last axis, in the dtype of ``x``."""
     flat = x.reshape(-1, x.shape[-1]) @ layer["kernel"].astype(x.dtype)

@@ -46,6 +46,29 @@ def learned_start(
     return Problem(inner, inner if outer_loss is None else outer, lambda meta: optimizer)
 
 
+def plain_gradient(loss: TaskLoss) -> MetaGradient:
+    r"""The gradient of the query's loss, with no inner loop before it.
+
+    .. math:: \nabla_\phi L_{query}(\phi)
+
+    What pre-training, joint training on all tasks and fine-tuning follow: the baselines of
+    meta-learning, by the same trainer.
+
+    Args:
+        loss: ``(params, batch, key) -> (loss, aux)``.
+
+    Returns:
+        A ``MetaGradient`` for meta = params; an episode's support is not read.
+
+    Example:
+        >>> from jmeta.core.types import Episode
+        >>> mg = plain_gradient(lambda p, x, key: ((p - x) ** 2, {}))
+        >>> float(mg.estimate(3.0, (), Episode(None, 1.0), None)[0])
+        4.0
+    """
+    return estimators.first_order(learned_start(loss, optax.identity()), 0)
+
+
 def maml(
     loss: TaskLoss, *, steps: int, optimizer: optax.GradientTransformation, **options: Any
 ) -> MetaGradient:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from jmeta.core.tree import at_least_float32
 from jmeta.core.types import Array
 
 _HALVINGS = 60  # of the bracket around the shift: float64 has no closer one
@@ -49,7 +50,7 @@ def within_budget(odds: Array, counts: Array, share: float) -> Array:
     if not 0 < share < 1:
         raise ValueError(f"share={share} is no share of positions between 0 and 1")
     dtype = jnp.result_type(odds)
-    odds = jnp.asarray(odds, dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32)
+    odds = jnp.asarray(odds, at_least_float32(dtype))
     weights = jax.lax.stop_gradient(jnp.asarray(counts, odds.dtype))
     middle = math.log(share / (1 - share))
 

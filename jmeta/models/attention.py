@@ -10,10 +10,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from jmeta.core.tree import at_least_float32
 from jmeta.core.types import Array, Key
 from jmeta.models.block_config import BlockConfig
 from jmeta.models.dropout import dropout
-from jmeta.models.primitives import Params, accumulate, linear
+from jmeta.models.primitives import Params, linear
 
 MASKED = -1e30  # a score that softmax sends to exactly zero, finite so that no derivative is NaN
 
@@ -124,7 +125,9 @@ def mix(
         mixed = jax.nn.dot_product_attention(q, k, v, mask=allowed, implementation=kernel)
     else:
         q = q * per_head**-0.5
-        scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=accumulate(q.dtype))
+        scores = jnp.einsum(
+            "bhqd,bhkd->bhqk", q, k, preferred_element_type=at_least_float32(q.dtype)
+        )
         probabilities = masked_softmax(scores, allowed).astype(q.dtype)
         probabilities = dropout(probabilities, config.attention_dropout, key)
         mixed = jnp.einsum("bhqk,bhkd->bhqd", probabilities, v)

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jmeta.core.tree import at_least_float32
 from jmeta.core.types import Array, Key
 from jmeta.models import attention, block_config, blocks, heads, primitives
 from jmeta.models.dropout import dropout
@@ -345,4 +346,4 @@ def _class_scores(config: BertConfig, head: Params, first: Array, key: Key) -> A
     dense = primitives.linear(first, head["dense"])
     dense = jax.nn.relu(dense) if config.kind == "distilbert" else jnp.tanh(dense)
     scores = primitives.linear(dropout(dense, config.head_dropout, after), head["out"])
-    return scores.astype(primitives.accumulate(scores.dtype))
+    return scores.astype(at_least_float32(scores.dtype))

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jmeta.core.tree import at_least_float32
 from jmeta.core.types import Array, Key
 from jmeta.models import attention, block_config, blocks, heads, primitives
 from jmeta.models.dropout import dropout
@@ -238,7 +239,7 @@ def apply(config: GPT2Config, params: Params, batch: Batch, key: Key = None) -> 
         return heads.span_scores(states, params["head"]["out"], mask)
     if config.head == "classify":
         scores = primitives.linear(heads.last_token(states, mask), params["head"]["out"])
-        return scores.astype(primitives.accumulate(scores.dtype))
+        return scores.astype(at_least_float32(scores.dtype))
     table = params["embed"]["tokens"]
     scores = heads.unembed(states.reshape(-1, config.width), table)
     return scores.reshape(*states.shape[:-1], table.shape[0])

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from jmeta.core.tree import at_least_float32
 from jmeta.core.types import Array, Key
 from jmeta.models import attention, losses, primitives
 
@@ -34,7 +35,7 @@ def unembed(flat: Array, table: Array) -> Array:
         flat,
         table,
         (((1,), (width,)), ((), ())),
-        preferred_element_type=primitives.accumulate(flat.dtype),
+        preferred_element_type=at_least_float32(flat.dtype),
     )
 
 
@@ -134,7 +135,7 @@ def token_loss(
     Returns:
         The loss and the sum of the weights, both at least float32.
     """
-    exact = primitives.accumulate(states.dtype)
+    exact = at_least_float32(states.dtype)
     flat = states.reshape(-1, states.shape[-1])
     rows = rows.reshape(flat.shape).astype(states.dtype).astype(exact)
     picked = (flat.astype(exact) * rows).sum(-1)
@@ -180,7 +181,7 @@ def mean_pool(states: Array, mask: Array | None) -> Array:
     Returns:
         ``[..., width]``, at least float32.
     """
-    states = states.astype(primitives.accumulate(states.dtype))
+    states = states.astype(at_least_float32(states.dtype))
     if mask is None:
         return states.mean(-2)
     # where, not multiplication: a sequence without tokens may hold anything at its positions.
@@ -245,7 +246,7 @@ def span_scores(states: Array, layer: Params, mask: Array | None) -> Array:
         ``[..., time, 2]``, at least float32.
     """
     scores = primitives.linear(states, layer)
-    scores = scores.astype(primitives.accumulate(scores.dtype))
+    scores = scores.astype(at_least_float32(scores.dtype))
     return scores if mask is None else jnp.where((mask != 0)[..., None], scores, attention.MASKED)
 
 

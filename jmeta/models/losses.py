@@ -5,11 +5,10 @@ The shapes of ``mask`` and of the labels agree; entries may be any non-negative 
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
+from jmeta.core.tree import at_least_float32
 from jmeta.core.types import Array
 
 
@@ -36,7 +35,7 @@ def cross_entropy(logits: Array, labels: Array, mask: Array | None = None) -> Ar
         1.3863
     """
     _same("labels", labels, "logits without their last axis", logits.shape[:-1])
-    scores = logits.astype(_accumulate(logits.dtype))
+    scores = logits.astype(at_least_float32(logits.dtype))
     shift = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
     total = jnp.log(jnp.exp(scores - shift).sum(-1)) + shift[..., 0]
     # A product with a one-hot, not a gather: few classes, and its transpose is no scatter.
@@ -70,7 +69,7 @@ def soft_cross_entropy(logits: Array, target: Array, mask: Array | None = None) 
         1.3863
     """
     _same("target", target, "logits", logits.shape)
-    scores = logits.astype(_accumulate(logits.dtype))
+    scores = logits.astype(at_least_float32(logits.dtype))
     target = target.astype(scores.dtype)
     if mask is not None:
         _same("mask", mask, "logits without their last axis", logits.shape[:-1])
@@ -105,7 +104,7 @@ def accuracy(logits: Array, labels: Array, mask: Array | None = None) -> Array:
     """
     _same("labels", labels, "logits without their last axis", logits.shape[:-1])
     hits = logits.argmax(-1).astype(labels.dtype) == labels
-    return _masked_mean(hits.astype(_accumulate(logits.dtype)), mask)
+    return _masked_mean(hits.astype(at_least_float32(logits.dtype)), mask)
 
 
 def squared_error(prediction: Array, target: Array, mask: Array | None = None) -> Array:
@@ -130,17 +129,12 @@ def squared_error(prediction: Array, target: Array, mask: Array | None = None) -
         4.0
     """
     _same("target", target, "prediction", prediction.shape)
-    dtype = _accumulate(prediction.dtype)
+    dtype = at_least_float32(prediction.dtype)
     errors = (prediction.astype(dtype) - target.astype(dtype)) ** 2
     if mask is not None:
         _same("mask", mask, "the leading axes of prediction", errors.shape[: mask.ndim])
         errors = errors.mean(range(mask.ndim, errors.ndim))
     return _masked_mean(errors, mask)
-
-
-def _accumulate(dtype: Any) -> Any:
-    """Float32 for anything narrower, else the dtype itself."""
-    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
 
 
 def _masked_mean(values: Array, mask: Array | None) -> Array:

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from jmeta.core.tree import at_least_float32
 from jmeta.core.types import Array, Key
 from jmeta.models import attention, bert, heads, losses, primitives
 from jmeta.models.bert import BertConfig
@@ -211,7 +212,7 @@ def contrast_loss(
     """
     if len(vectors) % 2:
         raise ValueError(f"{len(vectors)} rows are no pairs")
-    near = heads.unit(vectors.astype(primitives.accumulate(vectors.dtype)))
+    near = heads.unit(vectors.astype(at_least_float32(vectors.dtype)))
     scores = near @ near.T / temperature
     scores = jnp.where(jnp.eye(len(vectors), dtype=bool), attention.MASKED, scores)
     twin = jnp.arange(len(vectors)) ^ 1

@@ -8,17 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
+from jmeta.core.tree import at_least_float32
 from jmeta.core.types import Array
 from jmeta.models import taps
 
 Params = dict[str, Any]
-
-
-def accumulate(dtype: Any) -> Any:
-    """Float32 for anything narrower, else the dtype itself."""
-    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
 
 
 def linear(x: Array, layer: Array | Params) -> Array:
@@ -59,7 +54,7 @@ def layer_norm(x: Array, weights: Params, eps: float) -> Array:
     Returns:
         The shape and dtype of ``x``.
     """
-    exact = x.astype(accumulate(x.dtype))
+    exact = x.astype(at_least_float32(x.dtype))
     centred = exact - exact.mean(-1, keepdims=True)
     scale = jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + eps)
     gain, bias = (

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jmeta.core.tree import matches
+from jmeta.core.tree import at_least_float32, matches
 from jmeta.core.types import Array, PyTree
 
 LINEAR = ("blocks.attn.*", "blocks.mlp.*")
@@ -38,7 +38,7 @@ def row_squares(x: Array, dy: Array) -> Array:
         >>> row_squares(x, dy).tolist()
         [12.0, 12.0, 12.0, 12.0, 12.0]
     """
-    wide = x.dtype if jnp.finfo(x.dtype).bits >= 32 else jnp.float32
+    wide = at_least_float32(x.dtype)
     size, inputs, outputs = x.shape[0], x.shape[-1], dy.shape[-1]
     x, dy = (a.astype(wide).reshape(size, -1, a.shape[-1]) for a in (x, dy))
     positions = x.shape[1]
@@ -119,7 +119,7 @@ def taps(params: PyTree, *globs: str) -> PyTree:
         hit = {glob for glob in globs if matches(".".join(path), glob)}
         if hit and getattr(kernel, "ndim", 0) >= 2:
             found.update(hit)
-            wide = kernel.dtype if jnp.finfo(kernel.dtype).bits >= 32 else jnp.float32
+            wide = at_least_float32(kernel.dtype)
             return jnp.zeros((*kernel.shape[:-2], kernel.shape[-1]), wide)
         if not isinstance(node, dict):
             return None

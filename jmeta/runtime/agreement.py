@@ -14,10 +14,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from jmeta.core.tree import path_name
 from jmeta.files import write_atomically
 from jmeta.runtime import distributed
 from jmeta.runtime.checkpoint import fingerprint
-from jmeta.runtime.train import TrainState, leaf_name
+from jmeta.runtime.train import TrainState
 
 _PATIENCE = 6.0  # seconds for which a mounted bucket may still say that a new file is not there
 
@@ -62,7 +63,7 @@ def require_one_start(state: TrainState) -> None:
         for (path, _), mine, theirs in zip(named, prints[0], row, strict=True):
             if mine != theirs:
                 raise ValueError(
-                    f"process {process} begins with another '{leaf_name(path)}' than process 0: "
+                    f"process {process} begins with another '{path_name(path)}' than process 0: "
                     "make meta from the same seed in all, and pass the same key="
                 )
 

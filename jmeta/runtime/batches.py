@@ -8,9 +8,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 
+from jmeta.core.tree import path_name
 from jmeta.core.types import PyTree
 from jmeta.data.loader import process_slice
-from jmeta.runtime.train import describe, leaf_name
+from jmeta.runtime.train import describe
 
 
 class RecompilationWarning(UserWarning):
@@ -132,4 +133,4 @@ def recompilation_watch() -> Callable[[Any, PyTree], None]:
 
 def _by_name(structure: Any, kinds: tuple[str, ...]) -> dict[str, str]:
     named = jax.tree_util.tree_leaves_with_path(jax.tree.unflatten(structure, kinds))
-    return {leaf_name(path): kind for path, kind in named}
+    return {path_name(path): kind for path, kind in named}

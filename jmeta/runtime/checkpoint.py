@@ -20,9 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jmeta.core.tree import path_name
 from jmeta.core.types import Array, PyTree
 from jmeta.runtime import distributed
-from jmeta.runtime.train import describe, leaf_name
+from jmeta.runtime.train import describe
 
 _MAX_SHOWN = 5
 
@@ -266,7 +267,7 @@ def _require_fit(saved: dict[str, str], wanted: dict[str, str], where: str) -> N
 
 def _kinds(tree: PyTree) -> dict[str, str]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {leaf_name(path): describe(leaf) for path, leaf in leaves}
+    return {path_name(path): describe(leaf) for path, leaf in leaves}
 
 
 def _everywhere(template: PyTree) -> jax.sharding.Sharding:

@@ -16,7 +16,6 @@ import numpy as np
 
 from jmeta.core.types import Info, PyTree
 from jmeta.files import write_atomically
-from jmeta.runtime.train import leaf_name
 
 FILE = "metrics.jsonl"
 
@@ -139,9 +138,12 @@ def info_row(info: Info) -> dict[str, float]:
 
 
 def scalars(tree: PyTree, prefix: str = "") -> dict[str, float]:
-    """The numbers of a pytree by their path; arrays as their mean."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {prefix + leaf_name(path): _mean(leaf) for path, leaf in leaves if np.size(leaf)}
+    """The numbers of a pytree by their path, in folders as TensorBoard shows; arrays as means."""
+    leaves = [
+        (jax.tree_util.keystr(path, simple=True, separator="/") or "value", leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+    return {prefix + name: _mean(leaf) for name, leaf in leaves if np.size(leaf)}
 
 
 @contextlib.contextmanager

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jmeta.core.tree import path_name
 from jmeta.core.types import Array, Info, MetaGradient, PyTree
-from jmeta.runtime.train import TrainState, advance, describe, leaf_name
+from jmeta.runtime.train import TrainState, advance, describe
 
 
 class NonFiniteError(FloatingPointError):
@@ -69,7 +70,7 @@ def guard(state: TrainState) -> Guarded:
 
 def flag_names(meta: PyTree) -> list[str]:
     """What each entry of ``Guarded.flags`` stands for."""
-    names = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(meta)]
+    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(meta)]
     return [
         "the loss",
         *(f"the gradient of '{name}'" for name in names),
@@ -128,8 +129,8 @@ def dump(
     for name, tree in (("state", state), ("episodes", episodes)):
         arrays = {}
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            arrays[leaf_name(path)] = _plain(leaf)
-            kinds[f"{name}/{leaf_name(path)}"] = describe(leaf)
+            arrays[path_name(path)] = _plain(leaf)
+            kinds[f"{name}/{path_name(path)}"] = describe(leaf)
         np.savez(draft / f"{name}.npz", **arrays)
     report = {"step": step, "not_finite": leaves, "leaves": kinds}
     (draft / "report.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -156,7 +157,7 @@ def load_dump(
     def read(name: str, like: PyTree) -> PyTree:
         with np.load(folder / f"{name}.npz", allow_pickle=False) as arrays:
             return jax.tree_util.tree_map_with_path(
-                lambda path, leaf: _typed(arrays[leaf_name(path)], leaf), like
+                lambda path, leaf: _typed(arrays[path_name(path)], leaf), like
             )
 
     return read("state", state), read("episodes", episodes)
@@ -187,7 +188,7 @@ def _require_same_kind(before: TrainState, after: TrainState) -> None:
     for (path, old), (_, new) in zip(one[0], other[0], strict=True):
         if describe(old) != describe(new):
             raise TypeError(
-                f"'{leaf_name(path)}' changes from {describe(old)} to {describe(new)} in a step: "
+                f"'{path_name(path)}' changes from {describe(old)} to {describe(new)} in a step: "
                 "cast it in the optimizer or the estimator, or every step would compile anew and "
                 "no checkpoint would fit"
             )

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jmeta.core.tree import path_name
 from jmeta.core.types import Array, Info, MetaGradient, PyTree
 
 _ESTIMATOR_KEY = 2**32 - 1  # folded in for the estimator's init; no outer step reaches it
@@ -176,7 +177,7 @@ def init_state(
         dtype = jnp.asarray(leaf).dtype
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
-                f"the meta-parameter '{leaf_name(path)}' is {dtype}{list(jnp.shape(leaf))}, but "
+                f"the meta-parameter '{path_name(path)}' is {dtype}{list(jnp.shape(leaf))}, but "
                 "only floating-point leaves have a meta-gradient. Take it out of meta: close over "
                 "it in the losses, or pass it in the episode; if it should be learned, cast it "
                 "with .astype(jnp.float32)"
@@ -185,7 +186,7 @@ def init_state(
     estimator_key = jax.random.fold_in(key, _ESTIMATOR_KEY)
     for start, estimator in zip(schedule.starts[1:], schedule.estimators[1:], strict=True):
         kinds = [
-            [(leaf_name(path), describe(leaf)) for path, leaf in _leaves(each.init, meta, key)]
+            [(path_name(path), describe(leaf)) for path, leaf in _leaves(each.init, meta, key)]
             for each in (schedule.estimators[0], estimator)
         ]
         if kinds[0] != kinds[1]:
@@ -233,11 +234,6 @@ def advance(
         state.step + 1, meta, _strong(opt_state), _strong(estimator_state), state.key
     )
     return after, info, grads
-
-
-def leaf_name(path: Sequence[Any]) -> str:
-    """A leaf's path as a user reads it: ``blocks/0/kernel``."""
-    return jax.tree_util.keystr(tuple(path), simple=True, separator="/") or "(the whole tree)"
 
 
 def describe(leaf: Any) -> str:

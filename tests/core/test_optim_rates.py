@@ -166,7 +166,7 @@ def test_initial_rates_take_the_steps_of_sgd(per, steps, x64):
             lambda: optim.learned_sgd({"w": jnp.ones(3), "b": jnp.ones(())}),
             r"leaf 'w' has shape \(3,\)",
         ),
-        (lambda: optim.per_step(jnp.float32(0.1)), r"'<root>' is a scalar"),
+        (lambda: optim.per_step(jnp.float32(0.1)), r"'\.' is a scalar"),
         (lambda: optim.per_step({"w": jnp.ones(2), "b": jnp.ones(3)}), "same number of steps"),
         (lambda: optim.per_step({"w": jnp.ones((2, 3)), "b": jnp.ones(2)}), "leaf 'w'"),
     ],

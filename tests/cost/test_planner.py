@@ -244,7 +244,7 @@ def test_meshes_and_options_of_the_command():
 @pytest.fixture
 def libtpu():
     if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("the tpu extra is not installed: pip install 'jmeta[tpu]'")
+        pytest.skip("the tpu extra is not installed: pip install -e '.[tpu]'")
 
 
 def test_the_real_tpu_compiler_without_a_tpu(libtpu):
