@@ -69,7 +69,8 @@ def require_libtpu() -> None:
     """
     if importlib.util.find_spec("libtpu") is None:
         raise TopologyError(
-            "the TPU compiler is not installed: pip install -e '.[tpu]' in a checkout (no TPU is needed)"
+            "the TPU compiler is not installed: pip install -e '.[tpu]' in a checkout of jmeta (no "
+            "TPU is needed)"
         )
 
 
