@@ -21,6 +21,7 @@ from jmeta.core.types import Array, PyTree
 from jmeta.methods import Objective
 from jmeta.models import bert, pretraining
 from jmeta.models.bert import BertConfig
+from jmeta.runtime.evaluate import in_chunks
 from jmeta.tasks import detection, objectives, sentences
 from jmeta.tasks.tokenizer import Vocabulary
 
@@ -183,11 +184,8 @@ def scorer(config: BertConfig) -> Callable[[PyTree, dict[str, np.ndarray]], np.n
     apply = jax.jit(lambda params, batch: bert.apply(config, params, batch))
 
     def scores(params: PyTree, rows: dict[str, np.ndarray]) -> np.ndarray:
-        count, parts = len(rows["y"]), []
-        for low in range(0, count, CHUNK):
-            at = np.arange(low, low + CHUNK) % count
-            parts.append(np.asarray(apply(params, {k: rows[k][at] for k in _READ})))
-        return np.concatenate(parts)[:count]
+        part = lambda at: apply(params, {k: rows[k][at] for k in _READ})  # noqa: E731
+        return in_chunks(part, len(rows["y"]), CHUNK)
 
     return scores
 

@@ -16,6 +16,7 @@ from jmeta.core.types import Array, Episode, Key, Problem, PyTree
 from jmeta.methods.anil import learned_body
 from jmeta.methods.maml import learned_start
 from jmeta.models import losses
+from jmeta.runtime.evaluate import in_chunks
 from jmeta.tasks.episodes import FewShot
 
 SCALE, DEEP_SCALE = 4.0, 1.2
@@ -209,14 +210,8 @@ def encode_source(body: PyTree, source: FewShot, vocab: int) -> FewShot:
     Returns:
         A source with ``x = {"lexical", "deep"}``.
     """
-    counts, size = bags(source.x, vocab), 1024
-    run = jax.jit(encode)
-    parts = []
-    for low in range(0, len(counts), size):
-        rows = np.arange(low, low + size) % len(counts)  # one shape, so one compilation
-        part = jax.tree.map(np.asarray, run(body, counts[rows]))
-        parts.append(jax.tree.map(lambda leaf, low=low: leaf[: len(counts) - low], part))
-    return source._replace(x=jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts))
+    counts, run = bags(source.x, vocab), jax.jit(encode)
+    return source._replace(x=in_chunks(lambda rows: run(body, counts[rows]), len(counts), 1024))
 
 
 def batches(source: FewShot, size: int):

@@ -15,7 +15,7 @@ from experiments import _fewshot_baselines as baselines
 from experiments import _fewshot_model as model
 from experiments._fewshot_report import STEPS, Scored
 from jmeta.core.types import Array, Episode, PyTree
-from jmeta.runtime.evaluate import adaptation_values
+from jmeta.runtime.evaluate import adaptation_values, in_chunks
 from jmeta.tasks.episodes import FewShot, draws, episodes
 
 RATES = (0.1, 0.3, 1.0, 3.0, 10.0)
@@ -50,13 +50,10 @@ def make_curves() -> dict[str, CurveFn]:
             return jax.lax.map(one, batch)
 
         def curve(meta: PyTree, rate: float, batch: Episode) -> np.ndarray:
-            count = len(batch.query["y"])
-            found = []
-            for low in range(0, count, CHUNK):
-                rows = np.arange(low, low + CHUNK) % count
-                part = jax.tree.map(lambda leaf, rows=rows: leaf[rows], batch)
-                found.append(np.asarray(chunk(meta, jnp.float32(rate), part)))
-            return np.concatenate(found)[:count]
+            def part(rows: np.ndarray) -> Array:
+                return chunk(meta, jnp.float32(rate), jax.tree.map(lambda leaf: leaf[rows], batch))
+
+            return in_chunks(part, len(batch.query["y"]), CHUNK)
 
         return curve
 

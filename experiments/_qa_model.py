@@ -17,6 +17,7 @@ from jmeta.core.tree import global_norm
 from jmeta.core.types import Array, Key, MetaGradient, PyTree
 from jmeta.models import gpt2
 from jmeta.models.gpt2 import GPT2Config
+from jmeta.runtime.evaluate import in_chunks
 from jmeta.tasks.episodes import FewShot
 from jmeta.tasks.prompts import Prompts
 from jmeta.tasks.text import Example
@@ -121,7 +122,8 @@ def make_answer_scores(config: GPT2Config):
         return jnp.stack([*columns[:3], (columns[3] == 0).astype(logits.dtype)], -1)
 
     def scores(params: PyTree, found: Prompts) -> dict[str, float]:
-        rows = _chunks(lambda at: chunk(params, data.rows_of(found, at)), len(found.tokens))
+        part = lambda at: chunk(params, data.rows_of(found, at))  # noqa: E731
+        rows = in_chunks(part, len(found.tokens), CHUNK)
         total = rows.sum(0)
         return {
             "loss": float(total[0] / total[2]),
@@ -141,15 +143,10 @@ def make_class_hits(config: GPT2Config):
         return (scores.argmax(-1).astype(jnp.int32) == batch["y"]).astype(scores.dtype)
 
     def hits(params: PyTree, found: FewShot) -> np.ndarray:
-        return _chunks(lambda at: chunk(params, data.classes_of(found, at)), len(found.y))
+        part = lambda at: chunk(params, data.classes_of(found, at))  # noqa: E731
+        return in_chunks(part, len(found.y), CHUNK)
 
     return hits
-
-
-def _chunks(run: Any, count: int) -> np.ndarray:
-    """Rows of equal chunks, the last filled up from the beginning and cut."""
-    parts = [np.asarray(run(np.arange(low, low + CHUNK) % count)) for low in range(0, count, CHUNK)]
-    return np.concatenate(parts)[:count]
 
 
 def distance(a: PyTree, b: PyTree) -> float:

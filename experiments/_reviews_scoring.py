@@ -15,7 +15,7 @@ import numpy as np
 
 from experiments import _reviews_model as model
 from jmeta.core.types import Array, Episode, PyTree
-from jmeta.runtime.evaluate import adaptation_values
+from jmeta.runtime.evaluate import adaptation_values, in_chunks
 from jmeta.tasks import reviews
 from jmeta.tasks.episodes import Sample
 
@@ -136,13 +136,12 @@ def make_curve(encoder: model.Encoder, kind: str, steps: Sequence[int]) -> Curve
         return jax.lax.map(one, batch)
 
     def curve(meta: PyTree, rate: float, source: model.Source, test: Test) -> np.ndarray:
-        found, count = [], len(test.rows)
-        for low in range(0, count, CHUNK):
-            rows = test.rows[np.arange(low, low + CHUNK) % count]
-            support, query = rows[:, : test.shots], rows[:, test.shots :]
-            part = Episode(model.batch(source, support), model.batch(source, query))
-            found.append(np.asarray(chunk(meta, jnp.float32(rate), part)))
-        return np.concatenate(found)[:count]
+        def part(at: np.ndarray) -> Array:
+            support, query = np.split(test.rows[at], [test.shots], axis=1)
+            batch = Episode(model.batch(source, support), model.batch(source, query))
+            return chunk(meta, jnp.float32(rate), batch)
+
+        return in_chunks(part, len(test.rows), CHUNK)
 
     return curve
 

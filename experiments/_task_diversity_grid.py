@@ -22,6 +22,7 @@ from jmeta.core import optim
 from jmeta.core.types import Array, Episode, Key, MetaGradient, PyTree, Steps
 from jmeta.methods.maml import learned_start
 from jmeta.models import heads
+from jmeta.runtime.evaluate import in_chunks
 
 NONE = "no source"
 METHODS = ("transfer", "Reptile", "MAML")
@@ -137,12 +138,12 @@ def make_grid(probe: Probe, sizes: Sizes, rates: Rates) -> Grid:
         part = target._replace(x={k: v[train] for k, v in target.x.items()}, y=target.y[train])
         batches = _draw(part, sizes.target_steps, 2 * sizes.batch, seed, 100)
         tuned = fine_tune({**start(), "body": params["body"]}, Episode((), batches))
-        found = []
-        for low in range(0, len(test), 64):
-            rows = test[np.arange(low, low + 64) % len(test)]
-            x = {k: v[rows] for k, v in target.x.items()}
-            found.append(np.asarray(hits(tuned, x, target.y[rows].astype(np.int32))))
-        return float(np.concatenate(found)[: len(test)].mean())
+
+        def right(at: np.ndarray) -> Array:
+            x = {k: v[test[at]] for k, v in target.x.items()}
+            return hits(tuned, x, target.y[test[at]].astype(np.int32))
+
+        return float(in_chunks(right, len(test), 64).mean())
 
     return Grid(start, source, score)
 

@@ -162,17 +162,37 @@ def evaluate(
 
     several = _several(problem, tuple(steps))
     size = min(batch, count)
-    parts = []
-    for low in range(0, count, size):
-        # The last part is filled up with earlier episodes, so that one program serves all parts.
-        rows = np.arange(low, low + size) % count
-        part = jax.tree.map(lambda x, r=rows: x[r], episodes)
-        values = several(meta, part, jnp.asarray(rows), key)
-        kept = min(size, count - low)
-        parts.append({name: np.asarray(v, np.float64)[:kept] for name, v in values.items()})
-    values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def part(rows: np.ndarray) -> dict[str, Array]:
+        chosen = jax.tree.map(lambda x: x[rows], episodes)
+        return several(meta, chosen, jnp.asarray(rows), key)
+
+    rows = in_chunks(part, count, size)
+    values = {name: np.asarray(value, np.float64) for name, value in rows.items()}
     mean = {name: v.mean(axis=0) for name, v in values.items()}
     return Curve(tuple(steps), mean, {k: _half_widths(v) for k, v in values.items()}, values)
+
+
+def in_chunks(run: Callable[[np.ndarray], PyTree], count: int, size: int) -> PyTree:
+    """What a program says of many rows, so many at a time: one compilation serves them all.
+
+    Args:
+        run: ``int [size] -> leaves [size, ...]``: the rows with these numbers.
+        count: how many rows there are, at least one.
+        size: of a chunk; the last one is filled up from the beginning, and cut.
+
+    Returns:
+        The same leaves ``[count, ...]``, in numpy.
+
+    Example:
+        >>> in_chunks(lambda rows: {"square": rows**2}, count=5, size=2)["square"].tolist()
+        [0, 1, 4, 9, 16]
+    """
+    parts = [
+        jax.tree.map(np.asarray, run(np.arange(low, low + size) % count))
+        for low in range(0, count, size)
+    ]
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
 
 
 @functools.lru_cache(maxsize=16)
