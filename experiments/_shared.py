@@ -76,6 +76,14 @@ def require_positive(config: Any, *names: str) -> None:
             raise ValueError(f"{name}={value}: choose more than 0")
 
 
+def least(settings: Sequence[Any], losses: Any) -> np.ndarray:
+    """The setting with the least loss, ``losses [settings, ...] -> [...]``.
+
+    One that diverges gives NaN, which nothing may prefer.
+    """
+    return np.asarray(settings)[np.nan_to_num(np.asarray(losses), nan=np.inf).argmin(0)]
+
+
 def scored_row(config: Any, method: str, seed: int, metric: str, values: Any) -> dict[str, Any]:
     """A result row: the mean of values, and each to six digits where one seed is all there is."""
     each = np.asarray(values, float).reshape(-1)

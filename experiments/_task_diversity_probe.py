@@ -18,7 +18,6 @@ from jmeta.models import bert, gpt2, heads, taps
 from jmeta.tasks import prompts, questions
 from jmeta.tasks.tokenizer import Vocabulary, load_tokenizer, vocabulary
 
-QUESTIONS = {"squad": "squad", "squad2": "squad_v2", "duorc": "duorc"}
 """Sources of the question-answering experiment, and what ``questions.read`` calls them."""
 
 
@@ -140,7 +139,7 @@ def embed_questions(
     table = found.params["embed"]["tokens"]
     head = Head(table.T, jnp.zeros(table.shape[0], table.dtype))
     vectors = {}
-    for name, known in QUESTIONS.items():
+    for name, known in _qa_data.SOURCES.items():
         asked = questions.read(known)
         order = np.random.default_rng([seed, 8]).permutation(len(asked))[:size]
         made = prompts.answered([asked[i] for i in order], found.words, **shape)

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from experiments import _task_diversity_grid as grid
+from experiments._qa_data import SOURCES
 from experiments._task_diversity_data import Encoded
-from experiments._task_diversity_probe import QUESTIONS, share_closer
+from experiments._task_diversity_probe import share_closer
 from jmeta.methods import DISTANCES, cross_diversity, distance_matrix, diversity
 from jmeta.runtime import drawing, report
 from jmeta.runtime.statistics import summarise
@@ -181,9 +182,9 @@ def question_rows(
     vectors: Vectors, published: Mapping[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, tuple[float, float]]]]:
     """The committed grid from question answering: correlations by seed, and points to draw."""
-    if not published or not all(set(QUESTIONS) <= set(each) for each in vectors.values()):
+    if not published or not all(set(SOURCES) <= set(each) for each in vectors.values()):
         return [], {}
-    names = list(QUESTIONS)
+    names = list(SOURCES)
     matrix = mean_matrix(vectors, names, MAIN)
     rows, points = [], {}
     for kind, subsets in published.items():

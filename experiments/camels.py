@@ -29,7 +29,7 @@ from experiments._camels_scoring import (
     score,
     weights_by_kind,
 )
-from experiments._shared import Trained, command_line, record, require_positive, train_method
+from experiments._shared import Trained, command_line, least, record, require_positive, train_method
 from jmeta.core.types import Array, Key, MetaGradient, PyTree
 from jmeta.data.sources import DataUnavailable
 from jmeta.methods import plain_gradient
@@ -174,8 +174,7 @@ def run_seed(
         meta = runs[LEARNED].meta if kind == LEARNED else ()
         tried = (0.0,) if kind == NONE else config.rates
         losses = [validation(kind, meta, rate) for rate in tried]
-        # A rate that diverges gives NaN, which nothing may prefer.
-        rates[kind] = tried[int(np.nan_to_num(losses, nan=np.inf).argmin())]
+        rates[kind] = float(least(tried, losses))
         scores[kind] = score(
             config, data, read, kind, meta, base, rates[kind], "test", config.test_streams, seed
         )

@@ -33,7 +33,7 @@ from experiments._code_adaptation_methods import (
     readers,
 )
 from experiments._code_adaptation_report import Seed
-from experiments._shared import Trained, command_line, record, require_positive, train_method
+from experiments._shared import Trained, command_line, least, record, require_positive, train_method
 from jmeta import methods
 from jmeta.core.types import Episode, PyTree
 from jmeta.models import transformer
@@ -199,8 +199,7 @@ def run_seed(
                 float(np.asarray(way(params, jnp.float32(rate), validation)).mean())
                 for rate in config.rates
             ]
-            # A rate that diverges gives NaN, which nothing may prefer.
-            rates[name] = config.rates[int(np.nan_to_num(tried, nan=np.inf).argmin())]
+            rates[name] = float(least(config.rates, tried))
         rate = jnp.float32(rates.get(name, 0.0))
         reads_support = way is ways[TUNED] or name == "attention to the support"
         for kind in SUPPORTS if reads_support else (MAIN,):

@@ -21,6 +21,7 @@ import jmeta
 from experiments._shared import (
     command_line,
     learning_curve,
+    least,
     record,
     require_positive,
     scored_row,
@@ -195,8 +196,7 @@ def choose_rates(config: Config, meta: PyTree, shots: int) -> np.ndarray:
         np.asarray(errors(meta, jnp.full(config.seeds, rate), held_out))[:, :, 5].mean(1)
         for rate in RATES
     ]
-    # A rate that diverges gives NaN, which nothing may prefer.
-    return np.asarray(RATES, np.float32)[np.where(np.isnan(tried), np.inf, tried).argmin(0)]
+    return least(RATES, tried).astype(np.float32)
 
 
 def without_training(episodes: Episode) -> dict[str, np.ndarray]:
