@@ -158,9 +158,8 @@ def train_method(
     Returns:
         A ``Trained``.
     """
-    note = folder / _CPU
-    before = float(note.read_text()) if note.exists() else 0.0
-    begun = time.process_time()
+    spent = float((folder / _CPU).read_text()) if (folder / _CPU).exists() else 0.0
+    begun, rows = time.process_time(), _rows_in(folder / "metrics.jsonl")
     print(f"{name}: {options['steps']} meta-steps", file=sys.stderr, flush=True)
     try:
         done = fit.fit(mg, outer, meta, batches, out=folder, resume=resume, best=best, **options)
@@ -168,10 +167,12 @@ def train_method(
         sys.exit(
             f"{folder} holds a run already: add --resume to go on with it, or choose another --out"
         )
-    finally:
-        spent = before + time.process_time() - begun
-        if folder.exists():
-            distributed.write(note, f"{spent}\n")
+    except BaseException:
+        _note_cpu(folder, spent + time.process_time() - begun)
+        raise
+    if done.interrupted or len(done.history) != rows:  # else all was there, and only read
+        spent += time.process_time() - begun
+        _note_cpu(folder, spent)
     meta = distributed.own_copy(done.meta)
     if done.interrupted:
         sys.exit(f"stopped at meta-step {int(done.state.step)} of {name}: go on with --resume")
@@ -181,6 +182,15 @@ def train_method(
         found = checkpoint.restore(manager, done.state, step=manager.best_step())
     state: train.TrainState = found.tree
     return Trained(distributed.own_copy(state.meta), found.step, done.history, spent)
+
+
+def _rows_in(file: Path) -> int:
+    return len(file.read_bytes().splitlines()) if file.exists() else 0
+
+
+def _note_cpu(folder: Path, seconds: float) -> None:
+    if folder.exists():
+        distributed.write(folder / _CPU, f"{seconds}\n")
 
 
 def write_metrics(out: Path, histories: Mapping[str, list[dict[str, Any]]]) -> None:

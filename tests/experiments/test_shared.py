@@ -2,10 +2,16 @@
 
 import dataclasses
 
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
-from experiments._shared import record
+from experiments._shared import least, record, train_method
+from jmeta import methods
+from jmeta.core.types import Episode
 from jmeta.runtime import config as configuration
+from jmeta.runtime import fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,3 +52,24 @@ def test_what_is_complete_is_not_asked_for_its_settings_again(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     with configuration.track(asked(tmp_path, "--rate", "0.2", "--resume")) as config:
         record(config)
+
+
+def test_training_that_is_complete_costs_nothing_to_read_again(tmp_path):
+    def train(steps, *, resume):
+        mg = methods.plain_gradient(lambda params, batch, key: ((params - batch).sum() ** 2, {}))
+        batches = fit.from_function(lambda step: Episode(None, np.zeros(1, np.float32)))
+        start = jnp.ones(1)
+        return train_method(
+            "a", mg, optax.sgd(0.1), start, batches, tmp_path / "a", resume=resume, steps=steps
+        )
+
+    first, again, longer = (train(steps, resume=True) for steps in (2, 2, 3))
+    assert 0 < first.cpu_seconds == again.cpu_seconds < longer.cpu_seconds
+    with pytest.raises(SystemExit, match="holds a run already: add --resume"):
+        train(3, resume=False)
+    assert train(3, resume=True).cpu_seconds == longer.cpu_seconds
+
+
+def test_a_setting_that_diverges_is_never_the_least():
+    losses = [[0.5, np.nan], [np.nan, 2.0], [0.4, 3.0]]
+    assert least((0.1, 1.0, 10.0), losses).tolist() == [10.0, 1.0]
