@@ -144,7 +144,10 @@ def timed(config: Config) -> Rows:
 
 
 def at_equal_time(rows: Sequence[dict[str, Any]]) -> Rows:
-    """First order's error at the look whose time is the nearest to each of exact MAML's."""
+    """First order's error at the look whose time is the nearest to each of exact MAML's.
+
+    What exact MAML reached later than first order's last look is compared with nothing.
+    """
     step = {r["method"]: r["value"] for r in rows if r["metric"] == "seconds of an outer step"}
     if len(step) < 2:
         return []
@@ -154,6 +157,8 @@ def at_equal_time(rows: Sequence[dict[str, Any]]) -> Rows:
     found: Rows = []
     for exact in looks[EXACT]:
         seconds = exact * step[EXACT]
+        if seconds > looks[FIRST][-1] * step[FIRST]:
+            break
         near = min(looks[FIRST], key=lambda n: abs(n * step[FIRST] - seconds))
         for (method, seed, n), value in errors.items():
             if (method, n) in ((EXACT, exact), (FIRST, near)):
