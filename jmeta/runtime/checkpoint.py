@@ -236,7 +236,10 @@ def _read(manager: Any, step: int, template: PyTree) -> tuple[dict[str, Any], Py
         crc = head.pop("crc32")
         if crc != _crc(head):
             raise CheckpointError("its head has a wrong checksum")
-        _require_fit(head["leaves"], _kinds(template), f"step {step} in {manager.directory}")
+        # Earlier checkpoints join the names of a path by slashes.
+        kinds = {name.replace("/", "."): kind for name, kind in head["leaves"].items()}
+        wanted = {name.replace("/", "."): kind for name, kind in _kinds(template).items()}
+        _require_fit(kinds, wanted, f"step {step} in {manager.directory}")
         shape = (len(head["leaves"]),)
         prints = jax.ShapeDtypeStruct(shape, jnp.uint32, sharding=_everywhere(template))
         target = {"tree": jax.tree.map(_struct, template), "fingerprint": prints}

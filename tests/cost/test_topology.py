@@ -73,7 +73,7 @@ def test_an_unknown_generation():
 
 def test_without_libtpu_one_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(TopologyError, match=r"not installed: pip install 'jmeta\[tpu\]'"):
+    with pytest.raises(TopologyError, match=r"not installed: pip install -e '\.\[tpu\]'"):
         topology.require_libtpu()
 
 

@@ -188,11 +188,27 @@ def test_an_empty_folder_and_an_absent_step_are_said(tmp_path):
 
 def test_another_shape_or_structure_is_an_error_that_names_the_leaf(tmp_path):
     with saved(tmp_path / "c", 1, 2) as manager:
-        with pytest.raises(ValueError, match=r"'meta/blocks/kernel' is float32\[3, 5\] there and"):
+        with pytest.raises(
+            ValueError, match=r"'meta\.blocks\.kernel' is float32\[3, 5\] there and"
+        ):
             checkpoint.restore(manager, state(width=6))
         other = state()._replace(opt_state=optax.sgd(0.1, momentum=0.9).init(state().meta))
-        with pytest.raises(ValueError, match=r"'opt_state/0/trace/half' is missing there"):
+        with pytest.raises(ValueError, match=r"'opt_state\.0\.trace\.half' is missing there"):
             checkpoint.restore(manager, other)
+
+
+def test_a_checkpoint_whose_leaves_are_named_with_slashes_is_restored(tmp_path, monkeypatch):
+    named = checkpoint._kinds
+    with monkeypatch.context() as earlier:
+        earlier.setattr(
+            checkpoint, "_kinds", lambda t: {k.replace(".", "/"): v for k, v in named(t).items()}
+        )
+        with saved(tmp_path / "c", 1) as manager:
+            checkpoint.wait(manager)
+    with checkpoint.open_checkpoints(tmp_path / "c") as manager:
+        assert checkpoint.restore(manager, state()).step == 1
+        with pytest.raises(ValueError, match=r"'meta\.blocks\.kernel' is"):
+            checkpoint.restore(manager, state(width=6))
 
 
 def test_saved_on_eight_devices_and_restored_on_one_and_two(tmp_path):
