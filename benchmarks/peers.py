@@ -170,9 +170,9 @@ def timing(problem: Path, kind: str, repeats: int, minutes: float) -> Rows:
                 if repeat and "seconds" in reply:
                     seconds[row].append(reply["seconds"])
                 time.sleep(PAUSE)
-    rows: Rows = [failed(kind, row, why) for row, why in errors.items()]
+    rows: Rows = [failed(kind, row, why) for row, why in errors.items() if not seconds[row]]
     for row, values in seconds.items():
-        if values and row not in errors:
+        if values:
             rows.append({"method": row, "seed": 0, "problem": kind, "metric": "seconds",
                          "values": values})  # fmt: skip
             rows.append(measured(kind, row, "median seconds", median(values)))
@@ -218,7 +218,8 @@ def run(config: Config) -> Rows:
                 wanted = kind in config.problems and part.partition("-")[0] in config.phases
                 name = f"{kind}-{part}".replace(" ", "_").replace(",", "")
                 rows += piece(config.out, name, make, wanted=wanted, resume=config.resume)
-    return rows
+    # A row that cannot run may say so in each phase, in the same words.
+    return list({(r["problem"], r["method"], r["metric"]): r for r in rows}.values())
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from benchmarks.pieces import Rows, WholeConfig
+from benchmarks.pieces import CostConfig, Rows
 from jmeta.files import write_atomically
 from jmeta.runtime import config as configuration
 from jmeta.runtime import report, statistics
@@ -27,9 +27,11 @@ PARTS = {
     "what_it_buys": {"paper": "paper", "quick": "quick", "smoke": "smoke"},
 }
 
+WHOLE = ("second_order_cost",)  # keeps nothing to go on from
+
 
 @dataclasses.dataclass(frozen=True)
-class Config(WholeConfig):
+class Config(CostConfig):
     """All benchmarks of cost."""
 
     size: Literal["paper", "quick", "smoke"] = "quick"
@@ -50,6 +52,8 @@ def run(config: Config) -> Rows:
         folder = Path(config.out) / name
         command = [sys.executable, "-m", f"benchmarks.{name}", "--preset",
                    PARTS[name][config.size], "--out", str(folder)]  # fmt: skip
+        if config.resume and name not in WHOLE:
+            command.append("--resume")
         print("$", " ".join(["python", *command[1:]]), flush=True)
         begin = time.perf_counter()
         code = subprocess.run(command, check=False).returncode

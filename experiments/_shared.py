@@ -108,7 +108,11 @@ def record(config: Any, *free: str) -> None:
 
     kept = config.out / "config.yaml"
     if kept.exists() and _holds_work(config.out):
-        before, now = yaml.safe_load(kept.read_text(encoding="utf-8")), configuration.values(config)
+        now = configuration.values(config)
+        # A field that is newer than the run had its default.
+        fields = [f for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING]
+        before = {f.name: plain(f.default) for f in fields}
+        before |= yaml.safe_load(kept.read_text(encoding="utf-8"))
         ignored = {"out", "resume", *free}
         changed = [
             f"{name} {before.get(name)!r}, now {now.get(name)!r}"
@@ -159,10 +163,19 @@ def train_method(
         A ``Trained``.
     """
     spent = float((folder / _CPU).read_text()) if (folder / _CPU).exists() else 0.0
-    begun, rows = time.process_time(), _rows_in(folder / "metrics.jsonl")
+    begun, taken, told = time.process_time(), [0], options.pop("on_step", None)
+
+    def on_step(*now: Any) -> None:
+        taken[0] += 1
+        if told is not None:
+            told(*now)
+
     print(f"{name}: {options['steps']} meta-steps", file=sys.stderr, flush=True)
     try:
-        done = fit.fit(mg, outer, meta, batches, out=folder, resume=resume, best=best, **options)
+        done = fit.fit(
+            mg, outer, meta, batches, out=folder, resume=resume, best=best, on_step=on_step,
+            **options,
+        )  # fmt: skip
     except FileExistsError:
         sys.exit(
             f"{folder} holds a run already: add --resume to go on with it, or choose another --out"
@@ -170,7 +183,7 @@ def train_method(
     except BaseException:
         _note_cpu(folder, spent + time.process_time() - begun)
         raise
-    if done.interrupted or len(done.history) != rows:  # else all was there, and only read
+    if taken[0]:  # else all was there, and only read
         spent += time.process_time() - begun
         _note_cpu(folder, spent)
     meta = distributed.own_copy(done.meta)
@@ -182,10 +195,6 @@ def train_method(
         found = checkpoint.restore(manager, done.state, step=manager.best_step())
     state: train.TrainState = found.tree
     return Trained(distributed.own_copy(state.meta), found.step, done.history, spent)
-
-
-def _rows_in(file: Path) -> int:
-    return len(file.read_bytes().splitlines()) if file.exists() else 0
 
 
 def _note_cpu(folder: Path, seconds: float) -> None:

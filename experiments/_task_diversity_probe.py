@@ -18,8 +18,6 @@ from jmeta.models import bert, gpt2, heads, taps
 from jmeta.tasks import prompts, questions
 from jmeta.tasks.tokenizer import Vocabulary, load_tokenizer, vocabulary
 
-"""Sources of the question-answering experiment, and what ``questions.read`` calls them."""
-
 
 class Probe(NamedTuple):
     """A fixed network.

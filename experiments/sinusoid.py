@@ -81,8 +81,8 @@ class Config(configuration.RunConfig):
         )  # fmt: skip
         if self.inner_steps > STEPS[-1]:
             raise ValueError(
-                f"inner_steps={self.inner_steps}: at test {STEPS[-1]} steps are taken, and the "
-                "choices are made after as many as in training: choose no more"
+                f"inner_steps={self.inner_steps}: a network is looked at after up to {STEPS[-1]} "
+                "steps, in training after as many as it is trained for: choose no more"
             )
 
 

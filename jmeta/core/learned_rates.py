@@ -171,8 +171,8 @@ def init_rates(
         steps: number of inner steps, for a rate at each; None for one rate at all steps.
         per: "leaf": one rate for each leaf; "layer": one for each index of the leading axis of the
             stacked leaves, and one for each other leaf; "element": one for each parameter.
-        stacked: for "layer", the path glob (``blocks.**``) of the leaves that stack
-            their layers on the leading axis. By default all of them.
+        stacked: for "layer", the path glob (``blocks.**``; ``*`` is one name, ``**`` any number)
+            of the leaves that stack their layers on the leading axis. By default all of them.
 
     Returns:
         a pytree with the structure of ``params`` and shapes ``[steps?] + ()``, ``[L]`` or the

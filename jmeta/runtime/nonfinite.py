@@ -156,8 +156,11 @@ def load_dump(
 
     def read(name: str, like: PyTree) -> PyTree:
         with np.load(folder / f"{name}.npz", allow_pickle=False) as arrays:
+            # Earlier dumps join the names of a path by slashes.
+            there = {name.replace("/", "."): name for name in arrays.files}
             return jax.tree_util.tree_map_with_path(
-                lambda path, leaf: _typed(arrays[path_name(path)], leaf), like
+                lambda path, leaf: _typed(arrays[there[path_name(path).replace("/", ".")]], leaf),
+                like,
             )
 
     return read("state", state), read("episodes", episodes)

@@ -72,6 +72,13 @@ def test_rate_for_each_leaf_and_step(x64):
         close(got[k], expected[k].reshape(T, -1).sum(axis=1))
 
 
+def test_stacked_leaves_are_chosen_by_path_globs():
+    params = {"blocks": {"ln": jnp.ones((4, 3)), "mlp": {"up": jnp.ones((4, 3, 5))}}}
+    for glob, shapes in (("blocks.*", [(4,), ()]), ("blocks.**", [(4,), (4,)])):
+        rates = optim.init_rates(params, 0.1, per="layer", stacked=glob)
+        assert [rate.shape for rate in jax.tree.leaves(rates)] == shapes
+
+
 def test_rate_for_each_stacked_layer_and_step(x64):
     rows = 0.1 + np.arange(T * 2).reshape(T, 2) / 20
     rates = {"w": jnp.asarray(rows), "b": jnp.full(T, 0.2)}

@@ -110,6 +110,11 @@ def test_a_worker_that_fails_is_named_with_its_reason(monkeypatch, tmp_path):
     why = [r for r in rows if r["method"] == "higher"]
     assert [r["metric"] for r in why] == ["cannot run: out of memory"] * 2
     assert "| sinusoid | higher | out of memory | | | | |" in peers.table(rows)
+    # A whole run says it once, and goes on.
+    monkeypatch.setattr(peers, "agreement", lambda problem, kind: [])
+    config = peers.Config(problems=("sinusoid",), size="smoke", repeats=1, out=tmp_path)
+    peers.write(config, peers.run(config))
+    assert (tmp_path / "peers.md").read_text().count("out of memory") == 1
 
 
 def test_what_would_have_no_effect_is_refused():
@@ -178,6 +183,10 @@ def test_equal_time_is_by_the_seconds_of_a_step():
     assert [(r["seconds"], r["value"]) for r in first] == [(2.0, 2.0), (4.0, 4.0)]
     lines = what_it_buys.table([*rows]).splitlines()
     assert lines[2].startswith("| 2 | ")
+    # An exact step of four of first order's: its second look comes after first order's last.
+    slow = [r | {"value": 0.04} if r["method"] == "exact" and "seconds" in r["metric"] else r
+            for r in rows]  # fmt: skip
+    assert {r["seconds"] for r in what_it_buys.at_equal_time(slow)} == {4.0}
 
 
 def test_fast_weights_are_compared_with_first_order_that_trained_as_long(tmp_path):

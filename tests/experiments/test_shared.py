@@ -44,6 +44,19 @@ def test_a_run_does_not_go_on_under_other_settings(tmp_path, kept):
     assert configuration.load(out / "config.yaml", Config).seeds == 2
 
 
+def test_a_field_that_is_newer_than_a_run_had_its_default(tmp_path):
+    record(asked(tmp_path))
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "".join(line for line in file.read_text().splitlines(True) if "rate" not in line)
+    )
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(SystemExit, match=r"rate 0\.1, now 0\.2"):
+        record(asked(tmp_path, "--rate", "0.2"))
+    record(asked(tmp_path, "--resume"))
+    assert configuration.load(file, Config).rate == 0.1
+
+
 def test_what_is_complete_is_not_asked_for_its_settings_again(tmp_path):
     """A first run that never reads a setting is told so; its continuation may have no need to."""
     with pytest.raises(configuration.ConfigError, match="--rate"):

@@ -130,7 +130,7 @@ def test_predictors_without_a_network_on_a_task_worked_by_hand():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"inner_steps": 12}, "inner_steps=12: at test 10 steps are taken"),
+        ({"inner_steps": 12}, "inner_steps=12: a network is looked at after up to 10 steps"),
         ({"evaluate_every": 0}, "evaluate_every=0: choose more than 0"),
     ],
 )

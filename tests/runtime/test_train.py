@@ -146,7 +146,7 @@ def test_stages_with_different_states_are_refused():
 )
 def test_a_leaf_without_a_gradient_is_named_at_init(leaf, kind):
     init, _ = meta_trainer(quadratic(), optax.sgd(0.1))
-    with pytest.raises(TypeError, match=rf"'vocab.ids' is {kind}.*Take it out of meta"):
+    with pytest.raises(TypeError, match=rf"'vocab\.ids' is {kind}.*Take it out of meta"):
         init({"w": jnp.ones(2), "vocab": {"ids": leaf}}, jax.random.key(0))
 
 
