@@ -23,7 +23,7 @@ import numpy as np
 from jmeta.core.tree import path_name
 from jmeta.core.types import Array, PyTree
 from jmeta.runtime import distributed
-from jmeta.runtime.train import describe
+from jmeta.runtime.train import describe, dotted
 
 _MAX_SHOWN = 5
 
@@ -236,9 +236,10 @@ def _read(manager: Any, step: int, template: PyTree) -> tuple[dict[str, Any], Py
         crc = head.pop("crc32")
         if crc != _crc(head):
             raise CheckpointError("its head has a wrong checksum")
-        # Earlier checkpoints join the names of a path by slashes.
-        kinds = {name.replace("/", "."): kind for name, kind in head["leaves"].items()}
-        wanted = {name.replace("/", "."): kind for name, kind in _kinds(template).items()}
+        kinds, wanted = (
+            {dotted(name): kind for name, kind in each.items()}
+            for each in (head["leaves"], _kinds(template))
+        )
         _require_fit(kinds, wanted, f"step {step} in {manager.directory}")
         shape = (len(head["leaves"]),)
         prints = jax.ShapeDtypeStruct(shape, jnp.uint32, sharding=_everywhere(template))

@@ -19,7 +19,7 @@ import optax
 
 from jmeta.core.tree import path_name
 from jmeta.core.types import Array, Info, MetaGradient, PyTree
-from jmeta.runtime.train import TrainState, advance, describe
+from jmeta.runtime.train import TrainState, advance, describe, dotted
 
 
 class NonFiniteError(FloatingPointError):
@@ -156,11 +156,9 @@ def load_dump(
 
     def read(name: str, like: PyTree) -> PyTree:
         with np.load(folder / f"{name}.npz", allow_pickle=False) as arrays:
-            # Earlier dumps join the names of a path by slashes.
-            there = {name.replace("/", "."): name for name in arrays.files}
+            there = {dotted(name): name for name in arrays.files}
             return jax.tree_util.tree_map_with_path(
-                lambda path, leaf: _typed(arrays[there[path_name(path).replace("/", ".")]], leaf),
-                like,
+                lambda path, leaf: _typed(arrays[there[dotted(path_name(path))]], leaf), like
             )
 
     return read("state", state), read("episodes", episodes)

@@ -236,6 +236,11 @@ def advance(
     return after, info, grads
 
 
+def dotted(name: str) -> str:
+    """A leaf's name in a file as ``path_name`` gives it: earlier files join paths by slashes."""
+    return "." if name == "(the whole tree)" else name.replace("/", ".")
+
+
 def describe(leaf: Any) -> str:
     """A leaf's dtype and shape: ``float32[3, 4]``."""
     dtype = leaf.dtype if hasattr(leaf, "dtype") else type(leaf).__name__
