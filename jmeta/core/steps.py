@@ -16,7 +16,7 @@ from jmeta.core.trajectory import scan_from_carries
 from jmeta.core.tree import names
 from jmeta.core.types import PyTree
 
-Remat: TypeAlias = Literal["none", "step", "nested", "rounded"]
+Remat: TypeAlias = Literal["none", "step", "nested", "rounded", "offload"]
 Loop: TypeAlias = Literal["scan", "unroll"]
 
 
@@ -37,13 +37,16 @@ def scan_steps(
     :math:`O(\sqrt T)` for less than one more forward pass. ``"rounded"`` is ``"step"`` with the
     weights among the carries kept as differences from the first ones, in half their precision:
     half the memory, and a derivative at weights that are off by :math:`2^{-11}` of their way.
+    ``"offload"`` is ``"step"`` with the carries in the memory of the host, from where each comes
+    back for its own step: exact, for a device that has a host beside it. On a CPU, where there is
+    one memory, it is ``"step"`` with one more carry.
 
     Args:
         step: ``(carry, x) -> (carry, y)``.
         carry: the initial carry.
         xs: a pytree of arrays ``[length, ...]``.
         length: number of steps, at least one.
-        remat: which of the four.
+        remat: which of the five.
         weights: ``carry -> subtree``, what ``"rounded"`` rounds; None: nothing.
         loop: ``"scan"``, or ``"unroll"``: a program of its own for every step, which stacks and
             slices nothing and takes as many times as long to compile. With ``remat="none"`` alone:
@@ -71,6 +74,8 @@ def scan_steps(
         return jax.lax.scan(step, carry, xs, length=length)
     if remat == "rounded":
         return scan_from_carries(step, carry, xs, length, halved=weights)
+    if remat == "offload":
+        return scan_from_carries(step, carry, xs, length, offload=True)
     if remat == "step" or length < 4:
         return scan_from_carries(step, carry, xs, length)
     size = block_length(length)

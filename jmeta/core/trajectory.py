@@ -56,6 +56,7 @@ def scan_from_carries(
     *,
     rerun: bool = False,
     halved: Callable[[PyTree], PyTree] | None = None,
+    offload: bool = False,
 ) -> tuple[PyTree, PyTree]:
     r"""``jax.lax.scan`` that keeps :math:`T - 1` carries and reruns each step from its own.
 
@@ -78,6 +79,8 @@ def scan_from_carries(
         halved: ``carry -> subtree`` of the leaves of which only the differences to the first carry
             are kept, in half their precision; None: none. Meant for weights: what begins at zero,
             as moments do, is all difference.
+        offload: keep all T carries in the memory of the host, whole; neither ``rerun`` nor
+            ``halved`` then. Each comes back for its step alone; what is no array of floats stays.
 
     Returns:
         The last carry and the stacked outputs ``[length, ...]``, to be differentiated in reverse
@@ -109,7 +112,7 @@ def scan_from_carries(
     numbers = jax.tree.unflatten(jax.tree.structure(carry), list(range(len(carried))))
     chosen = set() if halved is None else set(jax.tree.leaves(halved(numbers)))
     pack = [_DIFFERENCE if i in chosen else _WHOLE for i in range(len(carried))]
-    last, ys = _scan(flat_step, range(start, end), length, rerun, pack, moving, static)
+    last, ys = _scan(flat_step, range(start, end), length, rerun, offload, pack, moving, static)
     _, y_shapes = shapes
     return (
         jax.tree.unflatten(jax.tree.structure(carry), last),
@@ -122,6 +125,7 @@ def _scan(
     carried: range,
     length: int,
     rerun: bool,
+    offload: bool,
     packings: Sequence[_Packing],
     moving: _Leaves,
     static: _Leaves,
@@ -160,6 +164,14 @@ def _scan(
             carry, (kept, ys) = jax.lax.scan(one, start, early, length=length - 1)
             last, y = step(at(shared, late, carry))
             ys = jax.tree.map(lambda ys, y: jnp.concatenate([ys, y[None]]), ys, y)
+            return (last, ys), (perturbed, constant, kept)
+        if offload:
+
+            def sent(carry, x):
+                after, ys = step(at(shared, x, carry))
+                return after, (_moved(carry, to_host=True), ys)
+
+            last, (kept, ys) = jax.lax.scan(sent, start, xs, length=length)
             return (last, ys), (perturbed, constant, kept)
         room = max(length - 1, 1)
         # Zeros made from the leaf vary over the devices of a shard_map as it does.
@@ -207,18 +219,22 @@ def _scan(
         reached = _reached(pull, start, slices[0], carry_bar, slices[1])
         totals = {p: jnp.zeros_like(shared[p]) for p in reached if p < carried.start}
 
-        def body(state, slices):
-            carry_bar, totals = state
-            index, x, y_bar = slices
-            carry = [
+        def before(index: Array) -> list[Array]:
+            """The carry that a step took: of the first step, the caller's."""
+            return [
                 jnp.where(index == 0, first, p.unpack(_get(k, index), first))
                 for p, k, first in zip(packings, kept, start, strict=True)
             ]
+
+        def body(state, slices):
+            carry_bar, totals = state
+            index, x, y_bar, own = slices
+            carry = _moved(own, to_host=False) if offload else before(index)
             carry_bar, bars = pull(carry, x, carry_bar, y_bar)
             totals = {p: totals[p] + bars[p] for p in totals}
             return (carry_bar, totals), {p: bars[p] for p in reached if p not in totals}
 
-        steps = (jnp.arange(length), xs, each)
+        steps = (jnp.arange(length), xs, each, kept if offload else [])
         (carry_bar, totals), xs_bar = jax.lax.scan(body, (carry_bar, totals), steps, reverse=True)
         bars = dict(zip(differentiable, carry_bar, strict=True)) | totals | xs_bar
         moving_bar = {p: bars.get(p) for p in moving if p in perturbed}
@@ -230,6 +246,17 @@ def _scan(
 
 def _is_inexact(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def _moved(carry: Sequence[Array], *, to_host: bool) -> list[Array]:
+    """The arrays of floats of a carry in the other memory; numbers and keys stay where they are."""
+    host, device = jax.memory.Space.Host, jax.memory.Space.Device
+    # With src, whose absence would leave the cotangent where it is.
+    target, src = (host, device) if to_host else (device, host)
+    return [
+        jax.device_put(leaf, target, src=src) if leaf.ndim and _is_inexact(leaf) else leaf
+        for leaf in carry
+    ]
 
 
 def _put(kept: Array, leaf: Array, index: Array) -> Array:

@@ -339,7 +339,8 @@ def _nothing_fits(tried: list[Trial], usable: int) -> str:
         f"{describe(leanest.variant)} with {in_words(leanest.bytes)} "
         f"({in_words(leanest.temp_bytes)} of them temporaries). Allow more (memory=), adapt "
         "fewer weights (jmeta.partition, a LoRA inner loop), rematerialise the network's blocks, "
-        "take smaller batches; or give up exactness knowingly: jmeta.truncated, jmeta.first_order"
+        "take smaller batches, keep the weights of long loops on the host of an accelerator "
+        "(remat='offload'); or give up exactness knowingly: jmeta.truncated, jmeta.first_order"
     )
 
 

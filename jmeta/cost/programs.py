@@ -10,7 +10,9 @@ from typing import Any
 import jax
 import optax
 
+from jmeta.core.estimators import mixed_mode
 from jmeta.core.over_tasks import over_tasks
+from jmeta.core.types import MetaGradient
 from jmeta.cost import topology as machines
 from jmeta.cost.compiled import flops
 from jmeta.cost.hlo import collectives
@@ -69,7 +71,7 @@ def compile_row(
             f"fsdp={mesh.shape['fsdp']} devices of the mesh; ask for a multiple of {parts}"
         )
     rules = parallel.REPLICATED if given.rules is None else given.rules
-    single = estimators(given.problem, steps)[candidate.estimator]
+    single = _estimator(given, candidate, steps)
     mg = over_tasks(single, microbatch=candidate.microbatch)
     outer = OUTER[candidate.outer]()
     meta = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given.meta)
@@ -107,8 +109,15 @@ def compile_row(
     )  # fmt: skip
     return Row(
         candidate, topology, total, arguments, temp, usable, total <= usable, work,
-        traffic(collectives(text)), seconds, note,
+        traffic(collectives(text)), seconds, note, memory.host_temp_size_in_bytes,
     )  # fmt: skip
+
+
+def _estimator(given: Setting, candidate: Candidate, steps: int) -> MetaGradient:
+    """The estimators of a cost table, and the one that is only of use beside an accelerator."""
+    if candidate.estimator == "mixed_mode offload":
+        return mixed_mode(given.problem, steps, remat="offload")
+    return estimators(given.problem, steps)[candidate.estimator]
 
 
 def made(reference: str, options: Mapping[str, Any]) -> Setting:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from jmeta.cost import topology as machines
 from jmeta.cost.hlo import Collective, wire_bytes
 
-EXACT = ("mixed_mode", "mixed_mode nested", "unrolled", "unrolled step")
+EXACT = ("mixed_mode", "mixed_mode nested", "mixed_mode offload", "unrolled", "unrolled step")
 SCALARS = 4096  # bytes: a reduction of metrics, not of gradients
 
 
@@ -53,6 +53,7 @@ class Row(NamedTuple):
             a few scalars (metrics) count under their kind with ``"scalars"`` before it.
         seconds: to trace and compile.
         note: why there is no program, in a sentence, or empty.
+        host_bytes: temporaries in the memory of the host; each is sent there and back.
     """
 
     candidate: Candidate
@@ -66,6 +67,7 @@ class Row(NamedTuple):
     traffic: dict[str, list[float]]
     seconds: float
     note: str = ""
+    host_bytes: int = 0
 
 
 def traffic(found: Sequence[Collective]) -> dict[str, list[float]]:
@@ -98,7 +100,7 @@ def choose(rows: Sequence[Row]) -> Row | None:
     """The row to run, of those that fit: the least FLOPs, then least sent, then least memory.
 
     FLOPs within a tenth of the least count as equal, and an exact meta-gradient goes before an
-    approximate one.
+    approximate one. What keeps its weights on the host waits for them, and is chosen last.
 
     Args:
         rows: of ``plan``.
@@ -116,7 +118,7 @@ def choose(rows: Sequence[Row]) -> Row | None:
         return None
     least = min(row.flops for row in pool)
     pool = [row for row in pool if row.flops <= 1.1 * least]
-    return min(pool, key=lambda row: (sent(row), row.bytes))
+    return min(pool, key=lambda row: (row.host_bytes, sent(row), row.bytes))
 
 
 def sent(row: Row) -> float:

@@ -1,5 +1,7 @@
 """The scan that keeps only carries: the gradients of a plain scan, for less memory."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,10 +59,17 @@ def gradient(scan, steps: int, parts: dict):
     return jax.value_and_grad(value)(floats)
 
 
+offloaded = functools.partial(scan_from_carries, offload=True)
+exact = pytest.mark.parametrize(
+    "scan", [scan_from_carries, offloaded], ids=["on the device", "on the host"]
+)
+
+
+@exact
 @pytest.mark.parametrize("steps", [1, 2, 5])
-def test_equals_a_plain_scan(x64, steps):
+def test_equals_a_plain_scan(x64, scan, steps):
     parts = world(steps)
-    value, grads = gradient(scan_from_carries, steps, parts)
+    value, grads = gradient(scan, steps, parts)
     expected, reference = gradient(plain, steps, parts)
     assert value == expected
     assert relative_error(grads, reference) < 1e-13
@@ -112,17 +121,19 @@ def test_what_halves_do_not_hold_is_kept_whole(x64):
     assert relative_error(grads, gradient(plain, 3, parts)[1]) < 1e-6
 
 
-def test_under_vmap(x64):
+@exact
+def test_under_vmap(x64, scan):
     parts = world(3)
     stretch = jnp.asarray([1.0, 0.5, -2.0])
 
     def through(scan):
         return jax.vmap(lambda s: gradient(scan, 3, parts | {"w": s * parts["w"]})[1])(stretch)
 
-    assert relative_error(through(scan_from_carries), through(plain)) < 1e-13
+    assert relative_error(through(scan), through(plain)) < 1e-13
 
 
-def test_differentiates_twice(x64):
+@exact
+def test_differentiates_twice(x64, scan):
     parts = world(3)
 
     def curvature(scan):
@@ -131,7 +142,29 @@ def test_differentiates_twice(x64):
 
         return jax.grad(slope)(parts["w"])
 
-    assert relative_error(curvature(scan_from_carries), curvature(plain)) < 1e-12
+    assert relative_error(curvature(scan), curvature(plain)) < 1e-12
+
+
+def test_offloaded_carries_are_on_the_host_and_come_back_one_at_a_time():
+    parts, steps = world(4), 4
+    floats = {name: leaf for name, leaf in parts.items() if name not in ("labels", "key")}
+    jaxpr = jax.make_jaxpr(
+        jax.grad(lambda floats: unrolled_value(offloaded, steps, parts | floats))
+    )(floats)
+    scans = [eqn for eqn in equations(jaxpr) if eqn.primitive.name == "scan"]
+    forwards = next(eqn for eqn in scans if not eqn.params["reverse"])
+    backwards = next(eqn for eqn in scans if eqn.params["reverse"])
+
+    def carries(variables):
+        found = [v.aval for v in variables if v.aval.shape == (steps, WIDTH)]
+        return [aval.memory_space == jax.memory.Space.Host for aval in found]
+
+    # The weights and the momentum, one carry a step, and the rows of xs beside them.
+    assert carries(forwards.outvars) == [True, True]
+    assert sorted(carries(backwards.invars)) == [False, True, True]
+    returned = [eqn for eqn in equations(backwards.params["jaxpr"])
+                if eqn.primitive.name == "device_put"]  # fmt: skip
+    assert [eqn.outvars[0].aval.shape for eqn in returned] == [(WIDTH,), (WIDTH,)]
 
 
 def test_without_xs_and_with_python_numbers():

@@ -18,16 +18,16 @@ from jmeta.cost.shapes import MODELS, setting
 WIDTH = 64
 
 
-def linear(batch: int = 32) -> Setting:
-    """A least-squares problem whose only weights are ``[64, 64]``, 16 KiB."""
+def linear(batch: int = 32, width: int = WIDTH) -> Setting:
+    """A least-squares problem whose only weights are ``[width, width]``."""
 
     def loss(fast, meta, batch, key):
         x, y = batch
         return jnp.mean((jnp.tanh(x @ fast["w"]) - y) ** 2), {}
 
-    array = jax.ShapeDtypeStruct((batch, WIDTH), jnp.float32)
+    array = jax.ShapeDtypeStruct((batch, width), jnp.float32)
     problem = jmeta.Problem(loss, loss, lambda meta: optax.sgd(0.1))
-    meta = {"w": jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.float32)}
+    meta = {"w": jax.ShapeDtypeStruct((width, width), jnp.float32)}
     return Setting(problem, meta, jmeta.Episode((array, array), (array, array)))
 
 
@@ -260,6 +260,21 @@ def test_the_real_tpu_compiler_without_a_tpu(libtpu):
     assert rows[0].traffic["all-reduce"][2] == 0
     sent = sum(values[1] for values in rows[0].traffic.values())
     assert sent == pytest.approx(2 * 3 / 4 * gradient, rel=0.01)
+
+
+def test_the_real_tpu_compiler_puts_the_trajectory_on_the_host(libtpu):
+    steps, weights = 12, 4 * 2048**2
+    here, there = cost.plan(
+        f"{__name__}:linear", steps=steps, topology="v5e:2x2", options={"width": 2048},
+        names=["mixed_mode", "mixed_mode offload"],
+    )  # fmt: skip
+    assert here.host_bytes == 0
+    assert there.host_bytes == pytest.approx(steps * weights, rel=0.05)
+    # Some of the others are in the memory of the cores, which is not counted.
+    assert there.temp_bytes <= 2 * weights < here.temp_bytes
+    assert there.flops == here.flops
+    assert cost.choose([there, here]) == here  # which need not wait for the host, and fits
+    assert cost.choose([there, here._replace(fits=False)]) == there
 
 
 def test_the_real_tpu_compiler_says_what_does_not_fit(libtpu):

@@ -40,8 +40,8 @@ def unrolled(
         objective: ``final``, ``multi_step(weights)`` or ``online``.
         persistent: keep the inner loop's state from one estimate to the next (truncated
             backpropagation through time), instead of starting anew from ``problem.init``.
-        remat: ``"none"``, ``"step"`` or ``"nested"``: what the backward pass recomputes; with
-            ``"rounded"`` the gradient is no longer exact, see ``mixed_mode``.
+        remat: ``"none"``, ``"step"``, ``"nested"`` or ``"offload"``: what the backward pass
+            recomputes; with ``"rounded"`` the gradient is no longer exact, see ``mixed_mode``.
         grad: how inner gradients are differentiated.
         loop: ``"unroll"`` writes out every step, so that nothing is stacked and sliced: for few
             steps less time and memory, for a compilation that grows with ``T``. Goes with
@@ -140,7 +140,8 @@ def mixed_mode(
         remat: what the backward pass recomputes. ``"step"`` keeps one set of weights less than
             ``"none"`` and costs nothing where the update is linear in the gradient (SGD); under
             Adam it recomputes the gradients instead of keeping them. ``"nested"``: long loops.
-            ``"rounded"``: ``"step"`` for half the memory, and no longer exact: about 1e-5 off.
+            ``"offload"``: ``"step"`` with these weights in the memory of the host. ``"rounded"``:
+            ``"step"`` for half the memory, and no longer exact: about 1e-5 off.
         keep: which values of every inner gradient are kept for the backward pass and not computed
             again, a policy of ``jax.checkpoint`` such as ``keep_products(512)``: faster for more
             memory, above all where few weights adapt. Goes with ``remat="none"``.
