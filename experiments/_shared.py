@@ -134,6 +134,26 @@ def _holds_work(out: Path) -> bool:
     return any(file.is_file() and file.name not in said for file in out.rglob("*"))
 
 
+def refuse_unresumed(folder: Path, resume: bool) -> None:
+    """End where a folder holds a run already and nobody has asked to go on with it."""
+    if not resume:
+        sys.exit(
+            f"{folder} holds a run already: add --resume to go on with it, or choose another --out"
+        )
+
+
+def kept(config: Any, file: Path) -> Any:
+    """What an earlier attempt has left in a file of JSON; None where there is none.
+
+    Raises:
+        SystemExit: there is, and the run is not resumed.
+    """
+    if not file.exists():
+        return None
+    refuse_unresumed(config.out, config.resume)
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
 def train_method(
     name: str,
     mg: MetaGradient,
@@ -177,9 +197,8 @@ def train_method(
             **options,
         )  # fmt: skip
     except FileExistsError:
-        sys.exit(
-            f"{folder} holds a run already: add --resume to go on with it, or choose another --out"
-        )
+        refuse_unresumed(folder, resume)
+        raise
     except BaseException:
         _note_cpu(folder, spent + time.process_time() - begun)
         raise

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 import jmeta
 from experiments import _two_moons_data as data_of
+from experiments._shared import refuse_unresumed
 from experiments._teacher_shared import adamw, mlm_scores
 from experiments._two_moons_data import Data
 from experiments._two_moons_methods import Method, network
@@ -90,8 +91,7 @@ def pretrain(config: Any, data: Data, name: str, method: Method, folder: Path) -
     manager = checkpoint.open_checkpoints(folder / "checkpoints", keep=1)
     kept, history, before, done = template, [], 0.0, 0
     if manager.all_steps():
-        if not config.resume:
-            sys.exit(f"{folder} holds an unfinished run: add --resume to go on with it")
+        refuse_unresumed(folder, config.resume)
         found = checkpoint.restore(manager, template)
         checkpoint.set_aside(manager, after=found.step)
         kept, done = found.tree, found.step // config.chunk

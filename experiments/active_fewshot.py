@@ -21,7 +21,7 @@ from experiments import _fewshot_model as model
 from experiments import _fewshot_scoring as scoring
 from experiments import fewshot_text
 from experiments._active_policies import POLICIES, Pool
-from experiments._shared import command_line, record
+from experiments._shared import command_line, kept, record
 from jmeta.core.types import Array
 from jmeta.data.sources import DataUnavailable
 from jmeta.methods import fit_head
@@ -195,10 +195,8 @@ def joint_features(config: Config, seed: int, tokens: Mapping[str, FewShot]) -> 
 def run_seed(config: Config, seed: int, tokens: Mapping[str, FewShot]) -> page.Found:
     """All tasks of a seed, read from the run folder where they are done."""
     path = config.out / f"seed-{seed}.json"
-    if path.exists():
-        if not config.resume:
-            sys.exit(f"{config.out} holds a run already: add --resume, or choose another --out")
-        return json.loads(path.read_text(encoding="utf-8"))
+    if (done := kept(config, path)) is not None:
+        return done
     adapter, source = joint_features(config, seed, tokens)
     found: page.Found = {}
     for kind in page.KINDS:

@@ -21,7 +21,7 @@ from experiments import _continual_model as model
 from experiments import _continual_report as page
 from experiments import _continual_samplers as samplers
 from experiments import _continual_training as training
-from experiments._shared import command_line, record, require_positive, train_method
+from experiments._shared import command_line, kept, record, require_positive, train_method
 from jmeta import methods
 from jmeta.core.types import Array, PyTree
 from jmeta.data.sources import DataUnavailable
@@ -226,10 +226,8 @@ def run_one(config: Config, bench: Bench, name: str, seed: int) -> dict[str, Any
     """A sampler and a seed: trained, measured, fine-tuned; read where it is done already."""
     folder = config.out / "runs" / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
     file = folder / "scored.json"
-    if file.exists():
-        if not config.resume:
-            sys.exit(f"{config.out} holds a run already: add --resume, or choose another --out")
-        return json.loads(file.read_text(encoding="utf-8"))
+    if (done := kept(config, file)) is not None:
+        return done
     params: PyTree = bench.start.params
     found: dict[str, Any] = {"name": name, "seed": seed}
     if name != page.NONE:

@@ -22,7 +22,7 @@ from experiments import _qa_data as data
 from experiments import _qa_model as model
 from experiments import _qa_report as page
 from experiments._qa_data import SOURCES
-from experiments._shared import Trained, command_line, record, require_positive, train_method
+from experiments._shared import Trained, command_line, kept, record, require_positive, train_method
 from jmeta.core.types import MetaGradient, PyTree
 from jmeta.data.sources import DataUnavailable
 from jmeta.methods import plain_gradient
@@ -284,13 +284,10 @@ def run_plan(
     """One intermediate training and what came of it, read from the run folder where it is done."""
     folder = config.out / "plans" / f"{number:02d}-{seed}"
     file = folder / "scored.json"
-    if file.exists():
-        if not config.resume:
-            sys.exit(f"{config.out} holds a run already: add --resume, or choose another --out")
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if found["name"] != plan.name:
-            sys.exit(f"{folder} holds {found['name']!r}, not {plan.name!r}: choose another --out")
-        return found
+    if (done := kept(config, file)) is not None:
+        if done["name"] != plan.name:
+            sys.exit(f"{folder} holds {done['name']!r}, not {plan.name!r}: choose another --out")
+        return done
     params: PyTree = bench.start.params
     found = {"name": plan.name, "positions": 0, "tokens": 0, "seconds": 0.0}
     if plan.kind != "none":

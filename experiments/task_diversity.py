@@ -18,7 +18,7 @@ import numpy as np
 from experiments import _qa_data, _qa_model
 from experiments import _task_diversity_grid as grid
 from experiments import _task_diversity_report as page
-from experiments._shared import command_line, record, train_method
+from experiments._shared import command_line, record, refuse_unresumed, train_method
 from experiments._task_diversity_data import (
     Encoded,
     encode,
@@ -186,8 +186,8 @@ def transfer(
 def run(config: Config) -> None:
     """Embed, measure, transfer, and write the run directory."""
     record(config, "seeds", "first_seed")
-    if any(config.out.glob("embeddings-*.npz")) and not config.resume:
-        sys.exit(f"{config.out} holds a run already: add --resume, or choose another --out")
+    if any(config.out.glob("embeddings-*.npz")):
+        refuse_unresumed(config.out, config.resume)
     try:
         texts = read_tasks(config.classes, config.most)
         if config.probe == "small":

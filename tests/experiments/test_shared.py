@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments._shared import least, record, train_method
+from experiments._shared import kept, least, record, train_method
 from jmeta import methods
 from jmeta.core.types import Episode
 from jmeta.runtime import config as configuration
@@ -26,13 +26,13 @@ def asked(out, *flags):
     return configuration.parse(Config, ["--out", str(out), *flags])
 
 
-@pytest.mark.parametrize("kept", ["maml-0/metrics.jsonl", "runs/a/scored.json", "grid-1.json"])
-def test_a_run_does_not_go_on_under_other_settings(tmp_path, kept):
+@pytest.mark.parametrize("work", ["maml-0/metrics.jsonl", "runs/a/scored.json", "grid-1.json"])
+def test_a_run_does_not_go_on_under_other_settings(tmp_path, work):
     out = tmp_path / "run"
     record(asked(out), "seeds")
     record(asked(out, "--rate", "0.2"), "seeds")  # nothing was made yet
-    (out / kept).parent.mkdir(parents=True, exist_ok=True)
-    (out / kept).write_text("{}\n")
+    (out / work).parent.mkdir(parents=True, exist_ok=True)
+    (out / work).write_text("{}\n")
     before = (out / "config.yaml").read_bytes()
     for flags in (["--rate", "0.3"], ["--rate", "0.3", "--resume"]):
         with pytest.raises(SystemExit, match=r"other settings \(rate 0.2, now 0.3\): choose anoth"):
@@ -86,3 +86,13 @@ def test_training_that_is_complete_costs_nothing_to_read_again(tmp_path):
 def test_a_setting_that_diverges_is_never_the_least():
     losses = [[0.5, np.nan], [np.nan, 2.0], [0.4, 3.0]]
     assert least((0.1, 1.0, 10.0), losses).tolist() == [10.0, 1.0]
+
+
+def test_what_is_kept_is_read_only_where_the_run_is_resumed(tmp_path):
+    again = asked(tmp_path, "--resume")
+    file = tmp_path / "seed-0.json"
+    assert kept(asked(tmp_path), file) is None
+    file.write_text('{"accuracy": 0.5}')
+    assert kept(again, file) == {"accuracy": 0.5}
+    with pytest.raises(SystemExit, match=f"{tmp_path} holds a run already: add --resume"):
+        kept(asked(tmp_path), file)
