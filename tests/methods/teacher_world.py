@@ -9,6 +9,7 @@ import optax
 
 from jmeta import Episode
 from jmeta.methods import Student, inputs_and_labels
+from jmeta.methods.rewriting import log_probability
 
 VOCAB, TIME, WIDTH = 3, 2, 3
 
@@ -108,3 +109,32 @@ def at(tree, index):
 def estimated(mg, meta, data, key=None):
     """Gradient, state and info of one jitted estimate from a new student."""
     return jax.jit(lambda m, e: mg.estimate(m, mg.init(m, key), e, key))(meta, data)
+
+
+def every_pseudo():
+    """All 81 pseudo-examples of one text of two words: tokens and labels."""
+    drawn = outcomes(4)
+    ones = np.ones((81, 2))
+    return {"tokens": drawn[:, :2], "labels": drawn[:, 2:], "mask": ones, "weights": ones}
+
+
+def stepped(batch, weights, rate=0.3):
+    """The student after a step on examples that weigh as much, by hand."""
+    alone = lambda p, b: loss(p, jax.tree.map(lambda x: x[None], b), None)[0]  # noqa: E731
+    slope = jax.grad(lambda p: jnp.sum(weights * jax.vmap(lambda b: alone(p, b))(batch)))(start())
+    return jax.tree.map(lambda p, g: p - rate * g, start(), slope)
+
+
+def probabilities(meta, tokens, batch):
+    scores = teacher(meta, {"tokens": np.broadcast_to(tokens, batch["tokens"].shape)}, None)
+    drawn = {"inputs": batch["tokens"], "labels": batch["labels"]}
+    return jnp.exp(log_probability(scores, drawn, batch["mask"]))
+
+
+def masked_pair(batch):
+    """A corruption of a batch of texts, with word 1 for [MASK]."""
+    hidden = np.random.default_rng(9).random(batch["tokens"].shape) < 0.5
+    hidden[..., 0] = True
+    tokens = np.where(hidden, 1, batch["tokens"])
+    pair = {"tokens": tokens, "labels": batch["tokens"], "weights": hidden.astype(float)}
+    return {**batch, "masked": pair}

@@ -13,6 +13,7 @@ from teacher_world import (
     estimated,
     labelled,
     loss,
+    masked_pair,
     rows,
     scored,
     start,
@@ -201,15 +202,6 @@ def test_first_order_leaves_out_the_hessians_of_the_student():
         return jax.vjp(after, meta)[1](v)[0]
 
     assert relative_error(grads, expected(meta)) < 1e-12
-
-
-def masked_pair(batch):
-    """A corruption of a batch of texts, with word 1 for [MASK]."""
-    hidden = np.random.default_rng(9).random(batch["tokens"].shape) < 0.5
-    hidden[..., 0] = True
-    tokens = np.where(hidden, 1, batch["tokens"])
-    pair = {"tokens": tokens, "labels": batch["tokens"], "weights": hidden.astype(float)}
-    return {**batch, "masked": pair}
 
 
 def test_auxiliary_losses_are_added_weighted_and_compared():

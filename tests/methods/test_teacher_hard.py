@@ -11,10 +11,13 @@ from teacher_world import (
     at,
     episodes,
     estimated,
+    every_pseudo,
     loss,
     outcomes,
+    probabilities,
     scored,
     start,
+    stepped,
     student,
     teacher,
     teacher_params,
@@ -31,26 +34,6 @@ from jmeta.testing import central_differences, relative_error
 pytestmark = pytest.mark.usefixtures("x64")
 
 INPUTS = methods.inputs_only(teacher)
-
-
-def every_pseudo():
-    """All 81 pseudo-examples of one text of two words: tokens and labels."""
-    drawn = outcomes(4)
-    ones = np.ones((81, 2))
-    return {"tokens": drawn[:, :2], "labels": drawn[:, 2:], "mask": ones, "weights": ones}
-
-
-def stepped(batch, weights, rate=0.3):
-    """The student after a step on examples that weigh as much, by hand."""
-    alone = lambda p, b: loss(p, jax.tree.map(lambda x: x[None], b), None)[0]  # noqa: E731
-    slope = jax.grad(lambda p: jnp.sum(weights * jax.vmap(lambda b: alone(p, b))(batch)))(start())
-    return jax.tree.map(lambda p, g: p - rate * g, start(), slope)
-
-
-def probabilities(meta, tokens, batch):
-    scores = teacher(meta, {"tokens": np.broadcast_to(tokens, batch["tokens"].shape)}, None)
-    drawn = {"inputs": batch["tokens"], "labels": batch["labels"]}
-    return jnp.exp(log_probability(scores, drawn, batch["mask"]))
 
 
 @pytest.mark.parametrize("kind", ["exact", "first_order"])
