@@ -72,6 +72,19 @@ def test_golden_corruption_and_its_limits(bpe, rows):
         corrupt(one, np.random.default_rng(0), bpe, keep=0.7, random=0.7)
 
 
+def test_draws_of_a_fixed_key_are_the_same_from_version_to_version(bpe):
+    """One row as it came out: other draws would silently be other training data."""
+    words = np.arange(33, 60)  # whatever a tokeniser learns: ids that are known here
+    vocabulary = bpe._replace(size=60, pad=0, mask=1, sep=2, ordinary=words)
+    row = np.array([4, *words[:20], 2, 0, 0])
+    options = {"select": 0.5, "keep": 0.2, "random": 0.3}
+    batch = corruption.masked_lm(row, np.random.default_rng(3), vocabulary, **options)
+    read = [4, 33, 34, 35, 1, 37, 38, 39, 1, 41, 42, 57, 44, 45, 46, 1, 48, 49, 1, 50, 52, 2, 0, 0]
+    asked = [0, 0, 0, 35, 36, 37, 38, 0, 40, 41, 0, 43, 0, 0, 0, 47, 0, 0, 50, 51, 0, 0, 0, 0]
+    assert batch["tokens"].tolist() == read
+    assert batch["labels"].tolist() == asked
+
+
 def test_denoising_asks_for_every_token_under_the_same_corruption(bpe, rows):
     hidden = corruption.masked_lm(rows[:50], np.random.default_rng(4), bpe)
     noisy = corruption.denoising(rows[:50], np.random.default_rng(4), bpe)
