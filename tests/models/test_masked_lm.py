@@ -1,12 +1,14 @@
-"""The student and its teacher: soft inputs and labels against hard ones, [PAD], chunks, scales."""
+"""The student and its teacher: a numpy forward, soft inputs and labels, [PAD], chunks, scales."""
+
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_params import quick_jit
+from random_params import quick_jit, random_params
 
-from jmeta.models import heads, losses, masked_lm, soft_tokens, teacher_lm
+from jmeta.models import attention, heads, losses, masked_lm, soft_tokens, teacher_lm
 from jmeta.testing import relative_error
 
 NAMES = ("tokens", "mask", "labels", "weights")
@@ -186,3 +188,77 @@ def test_soft_cross_entropy_by_hand_and_against_the_hard_one(x64):
     by_hand = (0.5 * np.log(4 / 3) + 0.25 * np.log(4)) / 0.75
     value = losses.soft_cross_entropy(jnp.log(jnp.array([[3.0, 1.0]])), target)
     np.testing.assert_allclose(value, by_hand, rtol=1e-13)
+
+
+def by_hand(shape, params, tokens, length):
+    """The scores of one text from the definition, in numpy, one head and one position at a time."""
+    p = jax.tree.map(np.asarray, params)
+    table, size = p["embed"]["tokens"], shape.width // shape.heads
+
+    def norm(x, w):
+        return (x - x.mean()) / math.sqrt(x.var() + shape.eps) * w["scale"] + w["bias"]
+
+    def linear(x, w):
+        return x @ w["kernel"] + w["bias"]
+
+    def gelu(x):
+        return np.array([0.5 * v * (1 + math.erf(v / math.sqrt(2))) for v in x])
+
+    states = [table[t] + p["embed"]["positions"][i] for i, t in enumerate(tokens)]
+    for i in range(shape.layers):
+        block = jax.tree.map(lambda leaf, i=i: leaf[i], p["blocks"])
+        joint = [linear(norm(x, block["ln1"]), block["attn"]["qkv"]) for x in states]
+        after = []
+        for x, mine in zip(states, joint, strict=True):
+            mixed = []
+            for first in range(0, shape.width, size):
+                own = slice(first, first + size)  # of the query; then the keys', then the values'
+                q = mine[: shape.width][own]
+                seen = joint[:length]  # what is padding is not attended to
+                raw = [q @ y[shape.width : 2 * shape.width][own] / math.sqrt(size) for y in seen]
+                shares = np.exp(raw) / np.exp(raw).sum()
+                values = [y[2 * shape.width :][own] for y in seen]
+                mixed.append(sum(s * v for s, v in zip(shares, values, strict=True)))
+            y = x + linear(np.concatenate(mixed), block["attn"]["out"])
+            hidden = gelu(linear(norm(y, block["ln2"]), block["mlp"]["up"]))
+            after.append(y + linear(hidden, block["mlp"]["down"]))
+        states = after
+    head = p["head"]
+    final = [gelu(linear(norm(x, p["ln_f"]), head["dense"])) for x in states]
+    return np.array([table @ norm(x, head["ln"]) + head["bias"] for x in final])
+
+
+def test_scores_equal_a_forward_pass_in_numpy(x64):
+    shape = SHAPE._replace(layers=2, loop="scan")
+    params, found = random_params(masked_lm, shape, spread=0.5), batch()
+    scores = quick_jit(lambda p: masked_lm.logits(shape, p, found))(params)
+    for i in range(2):
+        expected = by_hand(shape, params, np.asarray(found["tokens"][i]), 4)
+        np.testing.assert_allclose(scores[i, :4], expected[:4], rtol=1e-10, atol=1e-10)
+    # the loss is that of these scores
+    value = quick_jit(lambda p: masked_lm.loss(shape, p, found)[0])(params)
+    log_p = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+    picked = np.take_along_axis(np.asarray(log_p), np.asarray(found["labels"])[..., None], -1)
+    np.testing.assert_allclose(value, -picked[:, :4].mean(), rtol=1e-10)
+
+
+def test_attention_equals_that_of_torch(x64):
+    torch = pytest.importorskip("torch", reason="needs PyTorch: make parity installs it")
+    rng = np.random.default_rng(0)
+    x, mask = rng.standard_normal((2, 5, 8)), np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    layer = random_params(masked_lm, SHAPE)["blocks"]["attn"]
+    weights = jax.tree.map(lambda leaf: leaf[0], layer)
+    ours = attention.attend(
+        SHAPE, weights, jnp.asarray(x), attention.visible(False, jnp.asarray(mask), 5)
+    )
+    theirs = torch.nn.MultiheadAttention(8, SHAPE.heads, batch_first=True, dtype=torch.float64)
+    names = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
+    qkv, out = ({k: np.array(v) for k, v in weights[name].items()} for name in ("qkv", "out"))
+    copied = (qkv["kernel"].T, qkv["bias"], out["kernel"].T, out["bias"])
+    copies = zip(names, map(torch.tensor, copied), strict=True)
+    theirs.load_state_dict(dict(copies))
+    with torch.no_grad():
+        rows = torch.tensor(x)
+        expected, _ = theirs(rows, rows, rows, key_padding_mask=torch.tensor(mask == 0))
+    present = mask == 1
+    np.testing.assert_allclose(np.asarray(ours)[present], expected.numpy()[present], rtol=1e-10)
