@@ -24,8 +24,9 @@ $(STAMP): setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@
 
+# Interrupted, it goes on where it was; complete, it shows the result again.
 demo: setup
-	$(BIN)/python -m experiments.fewshot_text --preset demo --out runs/demo
+	$(BIN)/python -m experiments.fewshot_text --preset demo --out runs/demo --resume
 
 test: setup
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow' tests

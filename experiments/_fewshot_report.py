@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,8 @@ from jmeta.runtime.statistics import mean_ci, summarise
 
 STEPS = (0, 1, 2, 5, 10, 20)
 """Numbers of inner steps at which a method is scored."""
+
+PHASE_METRICS = ("phase wall seconds", "phase CPU seconds")
 
 Figure = tuple[str, tuple[Path, Path]]
 
@@ -218,10 +221,6 @@ def write(
     made = draw(config, seeds, summary, costs)
     report.write_results(config.out, rows, summary)
     shown = [row for row in summary if row["metric"] != "accuracy by inner steps"]
-    headline = [row for row in shown if row["metric"].startswith("accuracy")]
-    report.print_table(headline)
-    print_costs(costs)
-    print_phases(spent)
     report.write_report(
         config.out,
         f"Few-shot text classification: {config.source}, {config.ways}-way {config.shots}-shot",
@@ -231,7 +230,42 @@ def write(
         made,
         _notes(config, seeds),
     )
-    print(f"report: {config.out / 'report.html'}")
+    show(config.out, rows, summary)
+
+
+def finished(config: Any) -> dict[str, list[dict[str, Any]]] | None:
+    """The results of a run that is complete for the seeds asked for; None where it is not."""
+    results, page = config.out / "results.json", config.out / "report.html"
+    if not results.exists() or not page.exists():
+        return None
+    if page.stat().st_mtime < results.stat().st_mtime:  # ended between the two
+        return None
+    found = report.read_results(results)
+    scored = {row["seed"] for row in found["rows"] if row["metric"] == "accuracy"}
+    return found if scored == set(config.seed_list) else None
+
+
+def show(
+    out: Path, rows: Sequence[Mapping[str, Any]], summary: Sequence[Mapping[str, Any]]
+) -> None:
+    """A run's tables on the screen, and where its page is."""
+    headline = [
+        row
+        for row in summary
+        if row["metric"].startswith("accuracy") and row["metric"] != "accuracy by inner steps"
+    ]
+    report.print_table(headline)
+    costs: dict[str, dict[str, float]] = {}
+    spent: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if "problem" in row:
+            costs.setdefault(row["method"], {})[row["metric"]] = row["value"]
+        elif row["metric"].startswith("phase "):
+            spent.setdefault(row["method"], {})[row["metric"]] = row["value"]
+    print_costs([SimpleNamespace(name=name, **numbers) for name, numbers in costs.items()])
+    wall, cpu = PHASE_METRICS
+    print_phases({phase: (seconds[wall], seconds[cpu]) for phase, seconds in spent.items()})
+    print(f"report: {out / 'report.html'}")
 
 
 def print_costs(costs: Sequence[Any]) -> None:
@@ -260,7 +294,7 @@ def phase_rows(phases: Mapping[str, tuple[float, float]], seed: int) -> list[dic
     return [
         {"method": phase, "seed": seed, "metric": metric, "value": value}
         for phase, spent in phases.items()
-        for metric, value in zip(("phase wall seconds", "phase CPU seconds"), spent, strict=True)
+        for metric, value in zip(PHASE_METRICS, spent, strict=True)
     ]
 
 

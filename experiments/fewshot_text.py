@@ -326,6 +326,11 @@ def costs(config: Config, seed: page.Seed) -> list[Any]:
 def run(config: Config) -> None:
     """Train, score, and write the run directory."""
     record(config, "seeds", "first_seed")
+    complete = page.finished(config) if config.resume and distributed.is_writer() else None
+    if distributed.first_says(complete is not None):
+        if complete is not None:
+            page.show(config.out, **complete)
+        return
     clock, begun = scoring.Clock(), (time.perf_counter(), time.process_time())
     with clock("text and tokeniser"):
         try:

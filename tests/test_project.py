@@ -70,6 +70,14 @@ def test_make_targets_and_continuous_integration():
     assert ci.stat().st_mode & 0o111, ".ci/run is not executable"
 
 
+def test_the_demo_goes_on_and_readme_says_its_command():
+    makefile = (ROOT / "Makefile").read_text()
+    [command] = re.findall(r"^demo: setup\n\t\$\(BIN\)/(.*)\n\n", makefile, re.MULTILINE)
+    assert command.split()[:3] == ["python", "-m", "experiments.fewshot_text"]
+    assert "--resume" in command.split()
+    assert f"\n{command}\n" in (ROOT / "README.md").read_text()
+
+
 def test_license_is_apache(setup_cfg):
     text = (ROOT / "LICENSE").read_text()
     assert "Apache License" in text

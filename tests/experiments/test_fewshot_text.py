@@ -78,12 +78,37 @@ def test_a_batch_that_cannot_equal_them_is_refused():
         dataclasses.replace(fewshot_text.PRESETS["smoke"], joint_batch=7)
 
 
+def test_a_complete_run_shows_its_result_again_and_computes_nothing(smoke, capsys, monkeypatch):
+    def work(*_):
+        raise AssertionError("the run began anew")
+
+    monkeypatch.setattr(fewshot_text, "load", work)
+    results = (smoke / "results.json").read_bytes()
+    again = ["--preset", "smoke", "--out", str(smoke), "--resume"]
+    fewshot_text.main(again)
+    shown = capsys.readouterr().out
+    assert (smoke / "results.json").read_bytes() == results
+    for said in (*METHODS - {"prototypes, joint features", "nearest neighbour, tokens",
+                             "linear probe, joint features"},
+                 "mixed_mode", "the whole run", str(smoke / "report.html")):  # fmt: skip
+        assert said in shown.replace("\n", ""), said
+    # More seeds than it has are work to do, and so is a page that was not written.
+    with pytest.raises(AssertionError, match="began anew"):
+        fewshot_text.main([*again, "--seeds", "2"])
+    (smoke / "report.html").rename(smoke / "away.html")
+    with pytest.raises(AssertionError, match="began anew"):
+        fewshot_text.main(again)
+    (smoke / "away.html").rename(smoke / "report.html")
+
+
 @pytest.mark.slow
 def test_resuming_reads_what_is_complete_and_gives_the_same_numbers(smoke):
     before = accuracies(smoke)
     with pytest.raises(SystemExit, match="add --resume"):
         fewshot_text.main(["--preset", "smoke", "--out", str(smoke)])
+    (smoke / "report.html").unlink()  # as if it had ended before its page
     fewshot_text.main(["--preset", "smoke", "--out", str(smoke), "--resume"])
+    assert (smoke / "report.html").exists()
     assert accuracies(smoke) == before
 
 
