@@ -36,7 +36,12 @@ def per_step_rates(loss: TaskLoss) -> Problem:
 
 
 def maml_plus_plus_init(
-    params: PyTree, rate: float, steps: int, per: Literal["leaf", "layer", "element"] = "leaf"
+    params: PyTree,
+    rate: float,
+    steps: int,
+    per: Literal["leaf", "layer", "element"] = "leaf",
+    *,
+    stacked: str = "**",
 ) -> PyTree:
     """Meta-parameters for ``maml_plus_plus``.
 
@@ -45,15 +50,22 @@ def maml_plus_plus_init(
         rate: the initial learning rate.
         steps: number of inner steps.
         per: ``"leaf"``; ``"layer"`` where layers are stacked on a leading axis; ``"element"``.
+        stacked: for ``"layer"``, the path glob of the leaves that stack their layers, such as
+            ``"blocks.**"`` for jmeta's transformers; the others get one rate each. By default all
+            of them.
 
     Returns:
         ``{"start": params, "rates": rates}``, every rate with a leading ``[steps]`` axis.
+
+    Raises:
+        ValueError: a glob that matches no leaf.
 
     Example:
         >>> maml_plus_plus_init({"w": jnp.zeros(2)}, 0.5, steps=3)["rates"]
         {'w': Array([0.5, 0.5, 0.5], dtype=float32)}
     """
-    return {"start": params, "rates": init_rates(params, rate, steps=steps, per=per)}
+    rates = init_rates(params, rate, steps=steps, per=per, stacked=stacked)
+    return {"start": params, "rates": rates}
 
 
 def step_weights(steps: int, progress: float) -> jnp.ndarray:

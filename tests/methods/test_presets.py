@@ -1,5 +1,7 @@
 """Each published method against a closed form or a loop written by hand, in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -7,6 +9,7 @@ import pytest
 
 from jmeta import Episode, cg, methods
 from jmeta.methods.maml_plus_plus import step_weights
+from jmeta.models import transformer
 from jmeta.testing import central_differences, quadratic, relative_error
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -139,6 +142,21 @@ def test_maml_plus_plus_equals_a_loop_by_hand():
 
     mg = methods.maml_plus_plus(network, steps=steps, progress=0.4)
     assert relative_error(grads_of(mg, meta, episode), jax.jit(jax.grad(value))(meta)) < 1e-10
+
+
+def test_rates_by_layer_of_a_transformer_leave_its_embedding_one():
+    config = transformer.TransformerConfig(vocab=13, width=8, layers=3, heads=2, max_len=6)
+    params = jax.eval_shape(lambda key: transformer.init(config, key), jax.random.key(0))
+    make = functools.partial(
+        methods.maml_plus_plus_init, rate=0.1, steps=4, per="layer", stacked="blocks.**"
+    )
+    rates = jax.eval_shape(make, params)["rates"]
+    assert rates["embed"]["tokens"].shape == (4,)
+    for part, leaves in rates.items():
+        shapes = {leaf.shape for leaf in jax.tree.leaves(leaves)}
+        assert shapes == ({(4, 3)} if part == "blocks" else {(4,)}), part
+    with pytest.raises(ValueError, match=r"stacked='layers\.\*\*' matches none"):
+        make({"w": jnp.zeros(2)}, stacked="layers.**")
 
 
 def test_annealing_begins_where_it_says():
