@@ -16,6 +16,7 @@ from jmeta.core.autodiff import GradTransform, is_mixed_mode, reverse_grad
 from jmeta.core.scaling import common_factor, scaled
 from jmeta.core.steps import Loop, Remat, require_loop, scan_steps
 from jmeta.core.types import Array, Episode, Key, LossFn, Problem, PyTree, Steps, no_encoding
+from jmeta.core.updates import updated
 
 
 class InnerState(NamedTuple):
@@ -335,7 +336,7 @@ def inner_loop(
             scaling = common_factor(optimizer, state.opt_state, state.fast) if movable else None
             if scaling is None:
                 loss, aux, grads = inner_grad(state.fast, meta, data, loss_key)
-                updates, opt_state = optimizer.update(grads, state.opt_state, state.fast)
+                updates, opt_state = updated(optimizer, grads, state.opt_state, state.fast, loss)
             else:
                 factor, opt_state = scaling
                 _, loss, updates = scaled_grad(state.fast, (meta, factor), data, loss_key)

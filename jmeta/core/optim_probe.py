@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from jmeta.core.tree import path_name
+from jmeta.core.updates import updated
 
 CASES = {
     "entries": "its first entries have zero gradient (a dead unit, an unseen embedding row)",
@@ -81,7 +82,7 @@ def probe(
     unless the network happens to drop it.
 
     Args:
-        optimizer: any optax transformation whose ``update`` takes (updates, state, params).
+        optimizer: any optax transformation; one that asks for the loss is told 1.
         params: the fast weights; values matter to optimizers that use norms of them.
         steps: number of updates T; a second one sees moments of zero too.
         bound: largest size that passes. ``adam`` of this package has about 5e7 times its learning
@@ -116,7 +117,7 @@ def probe(
     def adapted(start: Any, gradients: list[Any]) -> jax.Array:
         fast, state = start, optimizer.init(start)
         for gradient in gradients:
-            update, state = optimizer.update(gradient, state, fast)
+            update, state = updated(optimizer, gradient, state, fast, jnp.ones(()))
             fast = optax.apply_updates(fast, update)
         sums = [jnp.sum(x).astype(jnp.float32) for x in jax.tree.leaves(fast)]
         return jnp.sum(jnp.stack(sums))

@@ -15,6 +15,7 @@ from jax.extend import core as jex
 
 from jmeta.core.tracing import variables_read
 from jmeta.core.types import Array, LossFn, PyTree
+from jmeta.core.updates import updated
 
 _ALIASES = ("convert_element_type", "copy", "broadcast_in_dim")
 
@@ -31,7 +32,8 @@ def common_factor(
 
     Returns:
         ``(c, next_state)``, or None where the update is anything else: one factor for each leaf,
-        weight decay, momentum, clipping, a state that depends on the gradient.
+        weight decay, momentum, clipping, a rate or a state that depends on the gradient or on the
+        loss.
 
     Example:
         >>> fast = {"a": jnp.ones(2), "b": jnp.ones(3)}
@@ -44,13 +46,17 @@ def common_factor(
     leaves = jax.tree.leaves(fast)
     if len({leaf.dtype for leaf in leaves}) != 1:  # one factor cannot be rounded to two dtypes
         return None
-    jaxpr = jax.make_jaxpr(lambda g: optimizer.update(g, opt_state, fast))(fast).jaxpr
+    no_loss = jnp.zeros((), leaves[0].dtype)
+    jaxpr = jax.make_jaxpr(lambda g, loss: updated(optimizer, g, opt_state, fast, loss))(
+        fast, no_loss
+    ).jaxpr
     made = {out: eqn for eqn in jaxpr.eqns for out in eqn.outvars}
     state_reads = variables_read(jaxpr, jaxpr.outvars[len(leaves) :])
     if state_reads & set(jaxpr.invars):
         return None
     roots = set()
-    for gradient, update in zip(jaxpr.invars, jaxpr.outvars[: len(leaves)], strict=True):
+    pairs = zip(jaxpr.invars[: len(leaves)], jaxpr.outvars[: len(leaves)], strict=True)
+    for gradient, update in pairs:
         eqn = None if isinstance(update, jex.Literal) else made.get(update)
         if eqn is None or eqn.primitive.name != "mul" or gradient not in list(_variables(eqn)):
             return None
@@ -63,9 +69,10 @@ def common_factor(
         roots.add(float(root.val) if isinstance(root, jex.Literal) else root)
     if len(roots) != 1:
         return None
-    # The update has just been seen to multiply by a scalar alone, so ones of no shape will do.
+    # The update has just been seen to multiply by a scalar alone, so ones of no shape will do, and
+    # any loss.
     ones = jax.tree.map(lambda leaf: jnp.ones((), leaf.dtype), fast)
-    factors, state = optimizer.update(ones, opt_state, fast)
+    factors, state = updated(optimizer, ones, opt_state, fast, no_loss)
     return jax.tree.leaves(factors)[0], state
 
 

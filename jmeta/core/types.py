@@ -65,7 +65,7 @@ class Problem(NamedTuple):
             is a pytree of metrics, through which no gradient ever flows.
         outer_loss: the same signature, evaluated after adaptation on the query.
         optimizer: ``meta -> optax.GradientTransformation``: a function of meta, so that learning
-            rates can be meta-learned.
+            rates can be meta-learned. One that asks for the loss (``value``) is told the inner one.
         init: ``(meta, key) -> fast``. Default: meta itself. ANIL: the head. A teacher: its student.
         encode: ``(meta, batch, key) -> batch``, applied once per batch and episode, outside the
             inner loop: put what does not adapt here. Default: identity.

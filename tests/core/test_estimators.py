@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from optax import contrib
 
 import jmeta
 from jmeta import Episode, Problem, Steps
@@ -229,6 +230,8 @@ OPTIMIZERS = {
     "momentum": lambda rate: optax.sgd(rate, momentum=0.9, nesterov=True),
     "adam": lambda rate: optax.adam(rate, eps_root=1e-16),
     "clipped": lambda rate: optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(rate)),
+    # Asks for the loss, of which its step size is made.
+    "polyak": lambda rate: optax.polyak_sgd(max_learning_rate=10.0, scaling=rate, f_min=0.1),
 }
 
 
@@ -247,6 +250,7 @@ def standard_promotion():
         ("momentum", True, ["nested"]),
         ("adam", True, ["none", "step", "nested"]),
         ("clipped", False, ["step"]),
+        ("polyak", True, ["none"]),
     ],
 )
 def test_every_exact_estimator_agrees_with_central_differences(optimizer, keyed, remats):
@@ -261,11 +265,79 @@ def test_every_exact_estimator_agrees_with_central_differences(optimizer, keyed,
     for name, make in EXACT.items():
         if name.endswith("written out") and optimizer != "sgd":
             continue  # the same steps, which take long to compile
+        if optimizer == "polyak" and name not in WITH_REMAT:
+            continue  # on a closed form, below
         for remat in [{"remat": each} for each in remats] if name in WITH_REMAT else [{}]:
             if (name, remat) == ("unrolled", {"remat": "none"}):
                 continue  # the reference itself
             grads = grads_of(make(problem, 4, **remat), meta, episode, key)
             assert relative_error(grads, reference) < 1e-10, (name, remat)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_step_size_made_of_the_loss_moves_along_its_derivative():
+    # L = c theta^2 / 2 and Polyak's step L / |g|^2: each step takes half a theta, whatever c is;
+    # a rate that took the loss for a constant would give another number. First order has constant
+    # gradients: d(theta - L(theta) / g) = 1 - g / g = 0.
+    def loss(fast, meta, batch, key):
+        return 0.5 * batch * fast**2, {}
+
+    problem = Problem(loss, loss, lambda meta: optax.polyak_sgd(max_learning_rate=10.0))
+    episode, theta = Episode(jnp.asarray(0.7), jnp.asarray(3.0)), jnp.asarray(2.0)
+    for name, make in EXACT.items():
+        if not name.endswith("written out"):
+            grads = grads_of(make(problem, 3), theta, episode)
+            assert relative_error(grads, 3.0 * 0.5**6 * theta) < 1e-10, name
+    assert abs(float(grads_of(jmeta.first_order(problem, 3), theta, episode))) < 1e-12
+    assert relative_error(grads_of(jmeta.reptile(problem, 3), theta, episode), 0.875 * theta) < 1e-9
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_rate_that_is_halved_on_a_plateau():
+    # Nothing is improvement enough after the first loss: rates r, r / 2 and r / 4.
+    def loss(fast, meta, batch, key):
+        return 0.5 * batch * fast**2, {}
+
+    plateau = contrib.reduce_on_plateau(0.5, patience=1, rtol=0.9999)
+    problem = Problem(loss, loss, lambda meta: optax.chain(optax.sgd(0.2), plateau))
+    episode, theta = Episode(jnp.asarray(0.7), jnp.asarray(3.0)), jnp.asarray(2.0)
+    shrunk = (1 - 0.14) * (1 - 0.07) * (1 - 0.035)
+    for make in (jmeta.unrolled, jmeta.mixed_mode):
+        grads = grads_of(make(problem, 3), theta, episode)
+        assert relative_error(grads, 3.0 * shrunk**2 * theta) < 1e-10
+
+
+def test_the_loss_before_the_step_is_what_an_optimizer_is_told():
+    def told_alone():
+        def update(updates, state, params=None, *, value, **_):
+            return jax.tree.map(lambda g: -value * jnp.ones_like(g), updates), state
+
+        return optax.GradientTransformationExtraArgs(lambda _: (), update)
+
+    def loss(fast, meta, batch, key):
+        return batch * fast**3, {}
+
+    problem = Problem(loss, loss, lambda meta: told_alone())
+    episode = Episode(Steps(jnp.asarray([0.1, 0.2])), jnp.asarray(0.5))
+
+    def value(theta):  # the update is minus the loss: two steps of theta - c theta^3
+        for c in (0.1, 0.2):
+            theta = theta - c * theta**3
+        return 0.5 * theta**3
+
+    theta = jnp.asarray(0.9)
+    for make in (jmeta.unrolled, jmeta.mixed_mode, jmeta.first_order):  # no gradient to be stopped
+        grads = grads_of(make(problem, 2), theta, episode)
+        assert relative_error(grads, jax.grad(value)(theta)) < 1e-12
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("make", [jmeta.unrolled, jmeta.mixed_mode])
+def test_a_line_search_is_refused_in_plain_words(make):
+    search = optax.chain(optax.sgd(0.1), optax.scale_by_backtracking_linesearch(5))
+    q = quadratic()
+    with pytest.raises(TypeError, match="is a line search: it asks for value_fn"):
+        grads_of(make(q.problem._replace(optimizer=lambda meta: search), 2), q.meta, q.episode)
 
 
 @pytest.mark.parametrize(

@@ -50,12 +50,14 @@ def meta_gradients(optimizer, steps=3):
     def outer(params):
         def step(carry, _):
             fast, state = carry
-            update, state = optimizer.update(jax.grad(loss)(fast, SUPPORT), state, fast)
+            value, grads = jax.value_and_grad(loss)(fast, SUPPORT)
+            update, state = told.update(grads, state, fast, value=value)
             return (optax.apply_updates(fast, update), state), None
 
         (fast, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), None, length=steps)
         return loss(fast, QUERY)
 
+    told = optax.with_extra_args_support(optimizer)
     gradient = jax.jit(jax.grad(outer), compiler_options=QUICK)
     return gradient(weights("entries")), gradient(weights("leaf"))
 
@@ -142,6 +144,14 @@ TABLE = {
     "galore": (contrib.galore(0.01), False, False, None),
     "cocob": (contrib.cocob(), True, True, None),
     "acprop": (contrib.acprop(0.01), True, True, None),
+    # These two ask for the loss.
+    "polyak": (optax.polyak_sgd(), True, False, optax.polyak_sgd(eps=1e-6)),
+    "reduce on plateau": (
+        optax.chain(optax.sgd(0.1), contrib.reduce_on_plateau(patience=1)),
+        True,
+        True,
+        None,
+    ),
 }
 
 
