@@ -307,26 +307,30 @@ def test_a_rate_that_is_halved_on_a_plateau():
         assert relative_error(grads, 3.0 * shrunk**2 * theta) < 1e-10
 
 
-def test_the_loss_before_the_step_is_what_an_optimizer_is_told():
-    def told_alone():
-        def update(updates, state, params=None, *, value, **_):
-            return jax.tree.map(lambda g: -value * jnp.ones_like(g), updates), state
+@pytest.mark.parametrize("as_rate", [False, True])
+def test_the_loss_before_the_step_is_what_an_optimizer_is_told(as_rate):
+    """The update is minus the loss, or the loss is the rate: a scalar, but no constant one."""
 
-        return optax.GradientTransformationExtraArgs(lambda _: (), update)
+    def update(updates, state, params=None, *, value, **_):
+        move = jax.tree.map(lambda g: -value * (g if as_rate else jnp.ones_like(g)), updates)
+        return move, state
 
     def loss(fast, meta, batch, key):
         return batch * fast**3, {}
 
-    problem = Problem(loss, loss, lambda meta: told_alone())
+    told = optax.GradientTransformationExtraArgs(lambda _: (), update)
+    problem = Problem(loss, loss, lambda meta: told)
     episode = Episode(Steps(jnp.asarray([0.1, 0.2])), jnp.asarray(0.5))
 
-    def value(theta):  # the update is minus the loss: two steps of theta - c theta^3
+    def value(theta):
         for c in (0.1, 0.2):
-            theta = theta - c * theta**3
+            theta = theta - c * theta**3 * (3 * c * theta**2 if as_rate else 1.0)
         return 0.5 * theta**3
 
-    theta = jnp.asarray(0.9)
-    for make in (jmeta.unrolled, jmeta.mixed_mode, jmeta.first_order):  # no gradient to be stopped
+    theta = jnp.asarray(0.9, jnp.float64)  # of no weak type: seen as an array is
+    exact = (jmeta.unrolled, jmeta.mixed_mode)
+    # Without the gradient in the update there is nothing that first order could stop.
+    for make in exact if as_rate else (*exact, jmeta.first_order):
         grads = grads_of(make(problem, 2), theta, episode)
         assert relative_error(grads, jax.grad(value)(theta)) < 1e-12
 
