@@ -5,6 +5,7 @@ import configparser
 import pathlib
 import re
 import subprocess
+import warnings
 
 import pytest
 
@@ -106,6 +107,24 @@ def test_no_tracked_file_holds(what):
 def test_tracked_files_are_small():
     large = {str(f.relative_to(ROOT)): f.stat().st_size for f in tracked()}
     assert {name: size for name, size in large.items() if size > 2**20} == {}
+
+
+def test_a_warning_of_jmetas_is_an_error_in_the_tests():
+    with pytest.raises(UserWarning, match="at the caller"):
+        warnings.warn("jmeta: at the caller", stacklevel=1)
+    with pytest.warns(UserWarning, match="of another"):
+        warnings.warn("of another", stacklevel=1)
+
+
+def test_every_warning_says_that_it_is_jmetas():
+    found = 0
+    for file in (ROOT / "jmeta").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "warnings.warn":
+                text = ast.unparse(node.args[0])
+                assert re.match(r"f?['\"]+jmeta: ", text), f"{file.name}:{node.lineno} {text}"
+                found += 1
+    assert found > 5
 
 
 MODULES = sorted(

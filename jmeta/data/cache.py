@@ -98,4 +98,4 @@ def _try_to_keep(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=4)  # at the caller of the function that caches
+    warnings.warn(f"jmeta: {message}", stacklevel=4)  # at the caller of the function that caches
