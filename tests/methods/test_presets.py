@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import optax
 import pytest
 
+import jmeta
 from jmeta import Episode, cg, methods
 from jmeta.methods.maml_plus_plus import step_weights
 from jmeta.models import transformer
+from jmeta.runtime.train import stage_at
 from jmeta.testing import central_differences, quadratic, relative_error
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -164,6 +166,33 @@ def test_annealing_begins_where_it_says():
         network, steps=2, first_order_until=30, multi_step_until=100, phases=4
     )
     assert [begin for begin, _ in schedule] == [0, 25, 30, 50, 75, 100]
+
+
+@pytest.mark.parametrize(
+    ("step", "second_order", "weights"),
+    [(29, False, (0.375, 0.625)), (30, True, (0.35, 0.65)), (100, True, (0.0, 1.0))],
+)
+def test_annealing_differs_by_order_and_weights_on_both_sides_of_a_switch(
+    step, second_order, weights
+):
+    # Weights by hand: (1 - p) / 2 on the first step, with p = 0.25 from step 25 on, and 0.3 at 30.
+    schedule = jmeta.stages(
+        methods.annealed(network, steps=2, first_order_until=30, multi_step_until=100, phases=4)
+    )
+    params, episode = double(PARAMS), Episode(draw(2), draw(3))
+    meta = double(methods.maml_plus_plus_init(params, 0.1, 2))
+
+    def value(meta):
+        params, total = meta["start"], 0.0
+        for t, weight in enumerate(weights):
+            slope = jax.grad(lambda p: network(p, episode.support, None)[0])(params)
+            slope = slope if second_order else jax.lax.stop_gradient(slope)
+            params = jax.tree.map(lambda p, r, g, t=t: p - r[t] * g, params, meta["rates"], slope)
+            total = total + weight * network(params, episode.query, None)[0]
+        return total
+
+    grads = grads_of(schedule.estimators[stage_at(schedule, step)], meta, episode)
+    assert relative_error(grads, jax.jit(jax.grad(value))(meta)) < 1e-10
 
 
 def test_cavia_adapts_a_context_and_learns_the_rest():
