@@ -178,6 +178,39 @@ def test_persistent_evolution_is_unbiased_for_the_whole_unroll():
     assert np.all(np.abs(draws.mean(axis=0) - jax.grad(total)(q.meta)) < 4 * error)
 
 
+@pytest.mark.parametrize("sigma", [0.3, 0.8])
+@pytest.mark.parametrize("persistent", [False, True])
+def test_evolution_smooths_a_cubic_as_far_as_sigma_says(persistent, sigma):
+    # E (m + s e)^3 = m^3 + 3 m s^2, so its gradient in m is 3 m^2 + 3 s^2. One inner step halves
+    # the way to meta; under PES two unrolls of one step, each with a perturbation of its own.
+    def inner(fast, meta, batch, key):
+        return 0.5 * (fast - meta) ** 2, {}
+
+    def cube(fast, meta, batch, key):
+        return fast**3, {}
+
+    problem = Problem(inner, cube, lambda meta: optax.sgd(0.5), init=lambda meta, key: 0.0 * meta)
+    mg = jmeta.evolution(problem, 1, pairs=64, sigma=sigma, persistent=persistent)
+    meta, episode = jnp.asarray(0.4), Episode(0.0, 0.0)
+    # What each unroll's perturbation weighs in the fast weights at the end of it.
+    unrolls = [(0.5,), (0.25, 0.5)] if persistent else [(0.5,)]
+    plain = [sum(c) * 3 * (sum(c) * meta) ** 2 for c in unrolls]
+    smoothing = [sum(c) * 3 * sigma**2 * sum(w**2 for w in c) for c in unrolls]
+
+    def whole(key):
+        first, *each = jax.random.split(key, 1 + len(unrolls))
+        state, total = mg.init(meta, first), 0.0
+        for k in each:
+            grads, state, _ = mg.estimate(meta, state, episode, k)
+            total = total + grads
+        return total
+
+    draws = jax.jit(jax.vmap(whole))(jax.random.split(jax.random.key(2), 600))
+    error = float(draws.std(ddof=1)) / np.sqrt(len(draws))
+    assert abs(float(draws.mean() - sum(plain) - sum(smoothing))) < 4 * error
+    assert sum(smoothing) > 12 * error  # the plain gradient is too far away to pass
+
+
 def network_problem(optimizer, soft=True):
     """A two-layer network with soft labels made from meta, a learned rate and an encoder."""
 
