@@ -6,10 +6,14 @@ import equinox
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen, nnx
 
+import jmeta
+from jmeta.core import inner
 from jmeta.models import adapters
+from jmeta.testing import central_differences, relative_error
 
 WIDTHS = (3, 8, 2)
 
@@ -131,6 +135,32 @@ def test_dropout_is_the_keys_and_only_the_keys(x64, kind):
     # Inverted dropout before a linear layer is unbiased, so the mean approaches the plain output.
     np.testing.assert_allclose(mean, apply(params, x), atol=0.35)
     assert jnp.stack(outputs).std(0).min() > 0.01
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx", "equinox"])
+def test_estimators_differentiate_through_dropout(x64, kind):
+    params, apply, _ = build(kind)
+    x, y = data()
+
+    def loss(params, meta, batch, key):
+        return ((apply(params, batch[0], key) - batch[1]) ** 2).mean(), {}
+
+    problem = jmeta.Problem(loss, loss, lambda meta: optax.sgd(0.3))
+    episode, key = jmeta.Episode((x, y), (x[:3], y[:3])), jax.random.key(5)
+    forward = inner.inner_loop(problem, 2)
+
+    def value(params):
+        first, then = inner.keys(key, 2)
+        return forward(params, inner.start(problem, params, first), episode, then)[0]
+
+    exact, mixed = (
+        jax.jit(lambda p, k, mg=make(problem, 2): mg.estimate(p, (), episode, k)[0])
+        for make in (jmeta.unrolled, jmeta.mixed_mode)
+    )
+    expected = exact(params, key)
+    assert relative_error(expected, central_differences(value, params)) < 1e-7
+    assert relative_error(mixed(params, key), expected) < 1e-10
+    assert relative_error(mixed(params, jax.random.key(6)), expected) > 1e-2  # dropout was on
 
 
 def test_frozen_collections_are_read():
