@@ -153,10 +153,11 @@ def test_estimators_differentiate_through_dropout(x64, kind):
         first, then = inner.keys(key, 2)
         return forward(params, inner.start(problem, params, first), episode, then)[0]
 
-    exact, mixed = (
-        jax.jit(lambda p, k, mg=make(problem, 2): mg.estimate(p, (), episode, k)[0])
-        for make in (jmeta.unrolled, jmeta.mixed_mode)
-    )
+    def gradient(make):
+        mg = make(problem, 2)
+        return jax.jit(lambda params, key: mg.estimate(params, (), episode, key)[0])
+
+    exact, mixed = gradient(jmeta.unrolled), gradient(jmeta.mixed_mode)
     expected = exact(params, key)
     assert relative_error(expected, central_differences(value, params)) < 1e-7
     assert relative_error(mixed(params, key), expected) < 1e-10
