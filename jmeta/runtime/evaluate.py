@@ -103,6 +103,9 @@ def adaptation_values(
     # What follows starts from encoded data, so that the encoder runs once.
     encoded_problem = problem._replace(encode=no_encoding)
     done, points = 0, []
+    # One inner loop in pieces, each going on where the last one stopped, so every step is taken
+    # once and the query is read once a point. A single scan would have to score after every step:
+    # under vmap a cond is a select, which pays for both of its sides.
     for count in steps:
         part = encoded.support
         if isinstance(part, Steps):

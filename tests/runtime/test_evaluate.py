@@ -9,6 +9,8 @@ from scipy import stats
 
 import jmeta
 from jmeta import Episode, Problem, Steps
+from jmeta.cost import flops
+from jmeta.runtime.evaluate import adaptation_values
 
 
 def loss(fast, meta, batch, key):
@@ -39,6 +41,27 @@ def test_the_curve_equals_separate_adaptations(stepwise):
             gap = np.asarray(fast - TARGETS[1, i], np.float64)
             assert curve.values["loss"][i, j] == pytest.approx(0.5 * gap @ gap, rel=1e-5)
             assert curve.values["size"][i, j] == pytest.approx(np.linalg.norm(gap), rel=1e-5)
+
+
+def test_every_step_is_taken_once_and_the_query_read_once_a_point():
+    def loss(fast, meta, batch, key):
+        return jnp.mean((jnp.tanh(batch @ fast["w"]) @ fast["v"]) ** 2), {}
+
+    problem = Problem(loss, loss, lambda meta: optax.sgd(0.1))
+    meta = {"w": jnp.ones((4, 5)), "v": jnp.ones((5, 2))}
+    episode, points = Episode(jnp.ones((6, 4)), jnp.ones((3, 4))), (0, 2, 3, 9)
+
+    def operations(function, *arguments):
+        return flops(jax.make_jaxpr(function)(*arguments))
+
+    def step(meta, batch):
+        return jax.grad(lambda fast: loss(fast, None, batch, None)[0])(meta)
+
+    one_step = operations(step, meta, episode.support)
+    one_score = operations(lambda m, b: loss(m, None, b, None)[0], meta, episode.query)
+    whole = operations(lambda m, e: adaptation_values(problem, m, e, points), meta, episode)
+    assert one_score > 0
+    assert whole == 9 * one_step + 4 * one_score
 
 
 def test_mean_and_interval_are_students():
