@@ -179,10 +179,15 @@ def test_a_while_loop_is_named_when_a_user_adapts():
         adapt(learned_start(looped), META, EPISODE.support, steps=1)
 
 
-@pytest.mark.parametrize("name", ["unrolled", "mixed_mode"])
+@pytest.mark.parametrize("name", ["unrolled", "mixed_mode", "forward", "implicit", "truncated"])
 def test_a_kernel_without_a_second_derivative_is_named(name):
+    problem = learned_start(fused)
+    if name == "truncated":  # of which the start alone would give nothing to differentiate
+        problem = problem._replace(
+            inner_loss=lambda fast, meta, batch, key: fused(fast, meta, batch * meta["w"], key)
+        )
     with pytest.raises(NotDifferentiableError, match=r"attention='xla'") as caught:
-        estimate(ESTIMATORS[name], learned_start(fused))
+        estimate(ESTIMATORS[name], problem, steps=2)
     message = str(caught.value)
     assert "fused_attention (custom_vjp" in message
     assert "pure_callback" in message
