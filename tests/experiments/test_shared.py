@@ -1,17 +1,19 @@
 """What experiments share: a run folder belongs to one set of settings."""
 
 import dataclasses
+from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from experiments._shared import kept, least, record, train_method
+from experiments._shared import command_line, kept, least, record, scored_row, train_method
 from jmeta import methods
 from jmeta.core.types import Episode
+from jmeta.runtime import cache, fit, report
 from jmeta.runtime import config as configuration
-from jmeta.runtime import fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +83,75 @@ def test_training_that_is_complete_costs_nothing_to_read_again(tmp_path):
     with pytest.raises(SystemExit, match="holds a run already: add --resume"):
         train(3, resume=False)
     assert train(3, resume=True).cpu_seconds == longer.cpu_seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiny(configuration.RunConfig):
+    """An experiment of three meta-steps."""
+
+    rate: float = 0.1
+    """Of SGD."""
+    towards: tuple[float, ...] = (1.0,)
+    """Where the data lie."""
+
+
+def tiny(config):
+    record(config)
+
+    def loss(params, batch, key):
+        return ((params - batch + jax.random.normal(key, params.shape)) ** 2).sum(), {}
+
+    def draw(step):
+        noise = np.random.default_rng((step, seed)).normal(size=len(config.towards))
+        return Episode(None, np.float32(noise + config.towards))
+
+    rows = []
+    for seed in config.seed_list:
+        trained = train_method(
+            "a", methods.plain_gradient(loss), optax.sgd(config.rate),
+            jnp.zeros(len(config.towards)), fit.from_function(draw), config.out / f"a-{seed}",
+            resume=config.resume, steps=3, key=seed, log_every=1,
+        )  # fmt: skip
+        rows += [scored_row(config, "a", seed, "loss", row["loss"]) for row in trained.history]
+        rows += [scored_row(config, "a", seed, "weight", w) for w in np.asarray(trained.meta)]
+    report.write_results(config.out, rows, [])
+
+
+def test_a_dumped_config_run_again_gives_the_same_numbers(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    asked = ["--rate", "0.3", "--towards", "2.0", "-1.0", "--seeds", "2", "--first-seed", "5"]
+    command_line({"tiny": Tiny()}, tiny, [*asked, "--out", str(one)])
+    command_line({"tiny": Tiny()}, tiny, ["--config", f"{one}/config.yaml", "--out", str(two)])
+    rows = report.read_results(one)["rows"]
+    assert {row["seed"] for row in rows} == {5, 6}
+    assert len({row["value"] for row in rows}) == len(rows) == 2 * (3 + 2)
+    assert (two / "results.json").read_bytes() == (one / "results.json").read_bytes()
+    dumped = [(out / "config.yaml").read_text().splitlines() for out in (one, two)]
+    assert [a for a, b in zip(*dumped, strict=True) if a != b] == [f"out: {one}"]
+
+
+def test_an_experiment_keeps_its_compiled_programs(tmp_path, monkeypatch):
+    settings: dict = {}
+    monkeypatch.setattr(cache, "jax", SimpleNamespace(config=SimpleNamespace(
+        update=settings.__setitem__)))  # fmt: skip
+    monkeypatch.setenv("JMETA_CACHE", str(tmp_path))
+    for name in ("COMPILATION_CACHE_DIR", "PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
+                 "PERSISTENT_CACHE_ENABLE_XLA_CACHES"):  # fmt: skip
+        monkeypatch.delenv(f"JAX_{name}", raising=False)
+    at_work = []
+
+    def run(config):
+        at_work.append((config.out, dict(settings)))
+
+    given = ["--out", str(tmp_path / "run")]
+    command_line({"": Config()}, run, given)
+    [(_, found)] = at_work
+    assert found["jax_compilation_cache_dir"] == str(tmp_path / "jax")
+    assert found["jax_persistent_cache_min_compile_time_secs"] < 1
+    settings.clear()
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")  # what the user says stands
+    command_line({"": Config()}, run, given)
+    assert "jax_compilation_cache_dir" not in at_work[1][1]
 
 
 def test_a_setting_that_diverges_is_never_the_least():
