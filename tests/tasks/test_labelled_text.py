@@ -12,6 +12,48 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("JMETA_CACHE", str(tmp_path / "cache"))
 
 
+# What each name's data set on the hub is taken to look like: (row, its class).
+HUB = {
+    "clinc150": lambda i, c: {"text": f"say {c} {i}", "intent": c},
+    "banking77": lambda i, c: {"text": f"say {c} {i}", "label": c, "label_text": f"class {c}"},
+    "hwu64": lambda i, c: {"text": f"say {c} {i}", "label": f"domain/{c}"},
+    "huffpost": lambda i, c: {
+        "link": "no", "headline": f"say {c} {i}", "category": f"CLASS {c}", "short": "no",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_known_name_is_read_from_the_hub(name, monkeypatch):
+    import datasets
+
+    monkeypatch.delenv("JMETA_DATA", raising=False)
+    asked = []
+
+    def load_dataset(path, config, *, split):
+        asked.append((path, config, split))
+        table = datasets.Dataset.from_list([HUB[name](i, c) for c in range(8) for i in range(3)])
+        if name != "clinc150":
+            return table
+        classes = ["a", "b", "oos", "c", "d", "e", "f", "g"]
+        return table.cast_column("intent", datasets.ClassLabel(names=classes))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    sources = labelled_text(name, length=24, vocab=280)
+    assert asked == [KNOWN[name].hub[:3]]
+    names = {
+        "clinc150": ["a", "b", "c", "d", "e", "f", "g"],  # without what is out of scope
+        "banking77": [f"class {c}" for c in range(8)],
+        "hwu64": [f"domain_{c}" for c in range(8)],
+        "huffpost": [f"CLASS {c}" for c in range(8)],
+    }[name]
+    found = [source.names for source in sources.values()]
+    assert sorted(sum(found, ())) == names
+    for source in sources.values():  # three texts a class, all different and not cut to nothing
+        assert (np.bincount(source.y) == 3).all()
+        assert len(np.unique(source.x, axis=0)) == len(source.x)
+
+
 @pytest.fixture
 def table(tmp_path):
     path = tmp_path / "mine.jsonl"
