@@ -20,7 +20,9 @@ from typing import Any
 import numpy as np
 
 from jmeta.files import write_atomically
+from jmeta.runtime import report
 from jmeta.runtime.provenance import command_of, versions
+from jmeta.runtime.statistics import summarise
 
 RESULT = Path(__file__).parent / "results" / "kill_soak.json"
 EVERY = 4  # steps between checkpoints
@@ -197,24 +199,39 @@ def soak(
     }
 
 
+def rows_of(found: dict[str, Any], seed: int) -> list[dict[str, Any]]:
+    """What ``soak`` found as result rows; of yes and no, 1 is yes."""
+    settings = {name: found[name] for name in ("kills", "steps", "checkpoint_every")}
+    return [
+        {"method": "killed and resumed", "seed": seed, "metric": name.replace("_", " "),
+         "value": float(value), **settings}
+        for name, value in found.items()
+        if name not in settings
+    ]  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Kill a run at random moments, resume it, compare")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
-    parser.add_argument("--out", type=Path, default=RESULT, help="the result, a JSON file")
+    parser.add_argument("--out", type=Path, default=RESULT, help="run directory, or a .json file")
     given = parser.parse_args()
     begun, rng = time.monotonic(), np.random.default_rng(given.seed)
     with tempfile.TemporaryDirectory() as folder:
         found = soak(Path(folder), given.kills, given.kills * LONGEST, rng)
-    found |= {
-        "seed": given.seed,
-        "seconds": round(time.monotonic() - begun, 1),
-        "cpus": os.cpu_count(),
+    found["seconds"] = round(time.monotonic() - begun, 1)
+    rows = rows_of(found, given.seed)
+    run = {
         "command": command_of("benchmarks.kill_soak", sys.argv[1:]),
+        "preset": None,
+        "seeds": [given.seed],
+        "devices": f"{os.cpu_count()} x cpu core",
         "versions": versions(),
     }
     print(json.dumps(found, indent=2))
-    write_atomically(given.out, json.dumps(found, indent=2) + "\n")
+    file = report.write_results(given.out, rows, summarise(rows))
+    beside = "run.json" if file.name == "results.json" else f"{file.stem}.run.json"
+    write_atomically(file.with_name(beside), json.dumps(run, indent=2) + "\n")
 
 
 if __name__ == "__main__":
