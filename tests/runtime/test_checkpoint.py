@@ -52,6 +52,14 @@ def saved(folder, *steps, **options):
     return manager
 
 
+def test_saves_run_in_the_background_and_clear_what_was_left_half_written(tmp_path):
+    with checkpoint.open_checkpoints(tmp_path / "c", keep=2) as manager:
+        options = manager._options  # orbax shows them nowhere else
+        assert options.enable_async_checkpointing
+        assert options.cleanup_tmp_directories
+        assert options.preservation_policy.n == 2
+
+
 def test_a_state_comes_back_bit_for_bit_with_its_structure(tmp_path):
     with saved(tmp_path / "c", 1, 2) as manager:
         found = checkpoint.restore(manager, state(9))
