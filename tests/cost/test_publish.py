@@ -11,7 +11,34 @@ from benchmarks.readme import RESULTS
 from jmeta.runtime import report
 from jmeta.runtime.statistics import summarise
 
+# Without the contract's shape: what they hold is not a metric of a method by seed.
+OTHER = {
+    "tpu_plans": "compiled programs, one whole plan a row",
+    "tpu_reductions": "collectives of a program",
+    "kill_soak": "counts of one soak, made before it wrote rows; its command is inside",
+}
+RESULT_FILES = sorted(
+    file
+    for file in (*RESULTS.glob("*.json"), *RESULTS.glob("h100/*.json"))
+    if not file.name.endswith(".run.json")
+)
 PAGES = sorted(page for page in RESULTS.glob("*.md") if page.stem != "what_it_buys")
+
+
+@pytest.mark.parametrize("file", RESULT_FILES, ids=lambda file: file.stem)
+def test_committed_results_fit_the_contract_and_say_their_command(file):
+    content, beside = json.loads(file.read_text()), file.with_suffix(".run.json")
+    made = json.loads(beside.read_text()) if beside.exists() else content
+    assert made["command"].startswith("python -m ")
+    if file.stem not in OTHER:
+        report.validate(content)
+        return
+    with pytest.raises(ValueError, match='results hold exactly "rows" and "summary"'):
+        report.validate(content)  # or it needs no exception
+
+
+def test_no_exception_outlives_its_file():
+    assert set(OTHER) <= {file.stem for file in RESULT_FILES}
 
 
 def a_run(folder, *, modified=False):
