@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import auto, peers, readme, scaling_laws, what_it_buys
+from benchmarks import auto, peers, readme, scaling_laws, second_order_bars, what_it_buys
 from jmeta.files import write_atomically
 
 PAGE = readme.ROOT / "docs" / "cost.md"
@@ -23,33 +23,48 @@ TABLES: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
 }
 
 
+NETWORKS = "networks"  # a place of two results
+
+
 def places(folder: Path = readme.RESULTS) -> dict[str, str | None]:
     """What each marked place of the page holds: one for each result that is committed."""
     filled: dict[str, str | None] = {}
     for name, make in TABLES.items():
         if (folder / f"{name}.json").exists():
             result = readme.read(name, folder)
-            parts = [str(result["devices"] or ""), f"`{result['command']}`"]
-            filled[name] = make(result["rows"]) + "\n\n" + "; ".join(filter(None, parts)) + "."
+            filled[name] = make(result["rows"]) + "\n\n" + made_by(result)
+    small = [name for name in second_order_bars.NETWORKS if (folder / f"{name}.json").exists()]
+    if small:
+        results = {name: readme.read(name, folder) for name in small}
+        table = second_order_bars.networks({name: r["rows"] for name, r in results.items()})
+        filled[NETWORKS] = "\n".join([table, "", *map(made_by, results.values())])
     return filled
 
 
-def publish(runs: Path, folder: Path = readme.RESULTS) -> list[str]:
+def made_by(result: dict[str, Any]) -> str:
+    """The device and the command of a result, as a sentence."""
+    parts = [str(result["devices"] or ""), f"`{result['command']}`"]
+    return "; ".join(filter(None, parts)) + "."
+
+
+def publish(runs: Path, folder: Path = readme.RESULTS, page: Path = PAGE) -> list[str]:
     """Copy the results of runs into the folder of committed ones.
 
     Args:
         runs: a folder with a run directory for each benchmark.
         folder: where to.
+        page: where their tables will stand.
 
     Returns:
         The names of the benchmarks that were found.
+
+    Raises:
+        ValueError: the page has no place for one of them; nothing is copied then.
     """
-    found = []
-    for name in TABLES:
+    found = [name for name in TABLES if (runs / name / "results.json").exists()]
+    readme.fill(page.read_text(encoding="utf-8"), dict.fromkeys(found))
+    for name in found:
         source = runs / name
-        if not (source / "results.json").exists():
-            continue
-        found.append(name)
         write_atomically(folder / f"{name}.json", (source / "results.json").read_bytes())
         run = json.loads((source / "run.json").read_text(encoding="utf-8"))
         # A run in pieces is repeated by its preset, and by the problems that it has.
@@ -65,11 +80,14 @@ def publish(runs: Path, folder: Path = readme.RESULTS) -> list[str]:
 
 def main(argv: Sequence[str]) -> None:
     """Publish, if asked to, and write the page."""
-    if argv[:1] == ["--publish"] and len(argv) == 2:
-        print("published:", ", ".join(publish(Path(argv[1]))) or "nothing")
-    elif argv:
+    if argv and not (argv[0] == "--publish" and len(argv) == 2):
         raise SystemExit("usage: python -m benchmarks.cost_page [--publish RUNS]")
-    text = readme.fill(PAGE.read_text(encoding="utf-8"), places())
+    try:
+        if argv:
+            print("published:", ", ".join(publish(Path(argv[1]))) or "nothing")
+        text = readme.fill(PAGE.read_text(encoding="utf-8"), places())
+    except ValueError as error:
+        raise SystemExit(f"{PAGE.name}: {error}") from error
     write_atomically(PAGE, text)
 
 

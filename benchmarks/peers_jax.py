@@ -19,13 +19,14 @@ from jmeta.core.types import Array, Episode, MetaGradient, PyTree
 from jmeta.methods.maml import learned_start
 from jmeta.models import conv, losses, mlp, transformer
 
-Loss = Callable[[PyTree, dict[str, Array]], Array]
+Loss = Callable[[PyTree, Any], Array]
 
 FIRST_ORDER = "jmeta, first order"  # for reference: all other rows are exact
 FAST, LEAN = "jmeta, fast", "jmeta, lean"  # mixed mode that keeps products, that keeps little
 WRITTEN_OUT = "jmeta, unrolled, written out"  # without a scan, as by hand
 JMETA = (FIRST_ORDER, "jmeta, mixed_mode", "jmeta, unrolled", WRITTEN_OUT, FAST, LEAN)
-BY_HAND = ("JAX, grad of a loop", "JAX, grad of a scan", "optax's recipe")
+PLAIN = LOOP, SCAN = "JAX, grad of a loop", "JAX, grad of a scan"
+BY_HAND = (*PLAIN, "optax's recipe")
 ROWS = (*JMETA, *BY_HAND)
 
 
@@ -97,20 +98,44 @@ def _by_jmeta(made: Given, row: str, loss: Loss, alone: bool) -> Callable[..., P
     return lambda params, support, query: mg.estimate(params, (), Episode(support, query), None)[0]
 
 
+def trained(
+    row: str, loss: Loss, rate: float, params: PyTree, support: PyTree, steps: int, *,
+    each: bool = False,
+) -> PyTree:  # fmt: skip
+    """Parameters after some steps of SGD, in plain JAX.
+
+    Args:
+        row: of ``PLAIN``: a Python loop, or a scan.
+        loss: ``(params, batch) -> loss``.
+        rate: of every step.
+        params: where it starts.
+        support: one batch, or with ``each`` one for every step, along a leading axis.
+        steps: how many.
+        each: whether every step has a batch of its own.
+
+    Returns:
+        Parameters.
+    """
+
+    def descend(params: PyTree, batch: PyTree) -> PyTree:
+        grads = jax.grad(loss)(params, batch)
+        return jax.tree.map(lambda p, g: p - rate * g, params, grads)
+
+    if row == SCAN:
+        step = lambda p, batch: (descend(p, batch if each else support), None)  # noqa: E731
+        return jax.lax.scan(step, params, support if each else None, length=steps)[0]
+    for i in range(steps):
+        batch = jax.tree.map(lambda x, i=i: x[i], support) if each else support
+        params = descend(params, batch)
+    return params
+
+
 def _by_hand(made: Given, row: str, loss: Loss, alone: bool) -> Callable[..., PyTree]:
     """As one writes it without a library: ``jax.grad`` of a function that trains."""
 
-    def descend(params: PyTree, batch: dict[str, Array]) -> PyTree:
-        grads = jax.grad(loss)(params, batch)
-        return jax.tree.map(lambda p, g: p - made.rate * g, params, grads)
-
     def outer(params: PyTree, support: PyTree, query: PyTree) -> Array:
-        if row == "JAX, grad of a loop":
-            for _ in range(made.steps):
-                params = descend(params, support)
-        elif row == "JAX, grad of a scan":
-            step = lambda p, _: (descend(p, support), None)  # noqa: E731
-            params = jax.lax.scan(step, params, None, length=made.steps)[0]
+        if row in PLAIN:
+            params = trained(row, loss, made.rate, params, support, made.steps)
         else:  # optax's example of meta-learning: its update inside what is differentiated
             optimizer = optax.sgd(made.rate)
             state = optimizer.init(params)

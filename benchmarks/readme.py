@@ -179,13 +179,16 @@ def fill(text: str, content: dict[str, str | None]) -> str:
         The text.
 
     Raises:
-        ValueError: the text has no such place.
+        ValueError: the text has no such place; it names the marks to write.
     """
     for place, inside in content.items():
         marks = f"<!-- {place}:begin -->", f"<!-- {place}:end -->"
         pattern = re.compile(f"{re.escape(marks[0])}.*?{re.escape(marks[1])}", re.DOTALL)
         if len(pattern.findall(text)) != 1:
-            raise ValueError(f"the README needs the place {marks[0]}...{marks[1]} exactly once")
+            raise ValueError(
+                f"the page needs the place {marks[0]}...{marks[1]} exactly once: write these two "
+                f"marks where what {place!r} says is to stand"
+            )
         if inside is not None:
             filled = f"{marks[0]}\n{inside}\n{marks[1]}"
             text = pattern.sub(lambda _, filled=filled: filled, text)

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
-import statistics as median_of
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 import jmeta
+from benchmarks import peers_jax
+from benchmarks import second_order_bars as judged
 from benchmarks.pieces import keep_float32, leave
 from benchmarks.second_order_problems import (
     DecoderConfig,
     Setting,
+    adapted,
+    by_hand,
     classifier,
     decoder,
     regressor,
@@ -29,6 +34,7 @@ from benchmarks.second_order_problems import (
 from jmeta import cost
 from jmeta.core.steps import Remat
 from jmeta.core.types import MetaGradient
+from jmeta.files import write_atomically
 from jmeta.runtime import config as configuration
 from jmeta.runtime import figures, statistics
 
@@ -50,7 +56,8 @@ class Config(DecoderConfig):
     compilers: int = 1
     """Programs compiled at a time; with more than one, their compile seconds mean nothing."""
     growth: bool = True
-    """Also compile mixed mode at 16 and 64 inner steps and report how its memory grows."""
+    """Also compile mixed mode at 16 and 64 inner steps and report how its memory grows, and run
+    the nested one at 128."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -127,7 +134,10 @@ def decoder_cells(config: DecoderConfig, steps: int) -> list[Cell]:
     looped, scanned = lm("unroll/none"), lm("scan/none")
     dots, full = lm("scan/dots"), lm("scan/full")
     # Products over three widths and more: those that cost most for each float that is kept.
-    long = jmeta.keep_products(3 * looped.meta["ln_f"]["scale"].size)
+    width = looped.meta["ln_f"]["scale"].size
+    long = jmeta.keep_products(3 * width)
+    # Of low-rank factors most products are of frozen weights; attention's are worth keeping too.
+    lora, most = adapted(config, steps), jmeta.keep_products(max(width // config.heads, 1))
     # SGD's update is linear in the gradient: the "step" remat keeps the weights alone, for nothing.
     return [
         Cell("first_order", jmeta.first_order(looped.problem, steps), looped),
@@ -148,6 +158,10 @@ def decoder_cells(config: DecoderConfig, steps: int) -> list[Cell]:
         Cell("unrolled", jmeta.unrolled(scanned.problem, steps), scanned),
         Cell("unrolled, layers looped", jmeta.unrolled(looped.problem, steps), looped),
         Cell("unrolled, step remat", jmeta.unrolled(full.problem, steps, remat="step"), full),
+        *(Cell(row, by_hand(config, steps, row), looped) for row in peers_jax.PLAIN),
+        Cell(judged.LORA_FIRST, jmeta.first_order(lora.problem, steps), lora),
+        Cell(judged.LORA[0], jmeta.mixed_mode(lora.problem, steps, remat="step"), lora),
+        Cell(judged.LORA[1], jmeta.mixed_mode(lora.problem, steps, keep=most), lora),
         Cell("reptile", jmeta.reptile(looped.problem, steps), looped),
     ]
 
@@ -176,11 +190,9 @@ def measure(config: Config, steps: int, process: int) -> list[dict[str, Any]]:
 
     with ThreadPoolExecutor(config.compilers) as pool:
         programs = dict(zip([c.name for c in every], pool.map(compiled, every), strict=True))
-    exact = dataclasses.replace(config, dtype="float32")
-    first = cells(exact, steps)[0].setting
-    reference = cost.exact_reference(first.problem, steps, first.meta, first.episode)
+    errors = errors_of(config, steps, every, programs)
     arguments = {c.name: (c.setting.meta, c.setting.episode) for c in every}
-    seconds, errors = cost.interleave(programs, arguments, config.repeats, reference)
+    seconds, _ = cost.interleave(programs, arguments, config.repeats)
     base = [c.name for c in every if c.name.startswith("first_order")]
     cheapest = {
         "seconds": min(cost.median(seconds[name]) for name in base),
@@ -211,20 +223,45 @@ def measure(config: Config, steps: int, process: int) -> list[dict[str, Any]]:
     return rows
 
 
+def errors_of(
+    config: Config, steps: int, every: Sequence[Cell], programs: dict[str, cost.Program]
+) -> dict[str, float]:
+    """The difference of every cell's gradient to float64's; what adapts decides whose."""
+    references: dict[Any, Any] = {}
+    errors = {}
+    exact = cells(dataclasses.replace(config, dtype="float32"), steps)
+    for cell, same in zip(every, exact, strict=True):
+        meta, episode = same.setting.meta, same.setting.episode
+        kind = jax.tree.structure(meta)
+        if kind not in references:
+            references[kind] = cost.exact_reference(same.setting.problem, steps, meta, episode)
+        grads = programs[cell.name].run(cell.setting.meta, cell.setting.episode)
+        errors[cell.name] = cost.gradient_error(grads, references[kind])
+    return errors
+
+
 def growth(config: Config) -> list[dict[str, Any]]:
-    """How the memory of mixed mode grows from 16 to 64 inner steps, compiled only."""
+    """How the memory of mixed mode grows from 16 to 64 inner steps, and one run of 128."""
     jax.config.update("jax_enable_compilation_cache", False)
 
-    def temp(steps: int, remat: Remat) -> int:
+    def compiled(steps: int, remat: Remat) -> tuple[cost.Program, Setting]:
         setting = decoder(config, steps, "scan/dots")
         mg = jmeta.mixed_mode(setting.problem, steps, remat=remat)
-        return cost.compile_estimate(mg, setting.meta, setting.episode).temp_bytes
+        return cost.compile_estimate(mg, setting.meta, setting.episode), setting
+
+    def temp(steps: int, remat: Remat) -> int:
+        return compiled(steps, remat)[0].temp_bytes
 
     one = decoder(config, 1, "scan/dots")
     fast = cost.fast_bytes(one.problem, one.meta)
     few, many = temp(16, "step"), temp(64, "step")
     slope, nested = (many - few) / 48 / fast, temp(64, "nested") / many
-    longest = temp(128, "nested") / temp(8, "nested")
+    program, setting = compiled(128, "nested")
+    longest = program.temp_bytes / temp(8, "nested")
+    begin = time.perf_counter()
+    grads = jax.block_until_ready(program.run(setting.meta, setting.episode))
+    spent = time.perf_counter() - begin
+    finite = all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(grads))
     row = {"seed": 0, "model": config.model}
     return [
         row | {"method": "mixed_mode, block remat", "metric": "memory per step / fast weights",
@@ -233,49 +270,11 @@ def growth(config: Config) -> list[dict[str, Any]]:
                "value": nested, "steps": 64},
         row | {"method": "mixed_mode, nested", "metric": "memory at 128 steps / at 8",
                "value": longest, "steps": "8-128"},
+        row | {"method": "mixed_mode, nested", "metric": judged.LONG_SECONDS,
+               "value": spent, "steps": 128},
+        row | {"method": "mixed_mode, nested", "metric": judged.LONG_FINITE,
+               "value": float(finite), "steps": 128},
     ]  # fmt: skip
-
-
-JUDGED = ("mixed_mode, block remat", "unrolled", "mixed_mode, products kept", "mixed_mode, nested")
-
-
-def bars(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The bounds that the lm preset is held to, one sentence each."""
-    found: dict[tuple[str, str], list[float]] = {}
-    for row in rows:
-        if "value" in row:
-            found.setdefault((row["method"], row["metric"]), []).append(row["value"])
-    value = {key: median_of.median(values) for key, values in found.items()}
-    if not {name for name, _ in value}.issuperset(JUDGED):
-        return []  # some were left out
-    chosen, full, fast, lean = JUDGED
-
-    def over(method: str, metric: str) -> float:
-        pairs = zip(found[method, metric], found[full, metric], strict=True)
-        return median_of.median(a / b for a, b in pairs)
-
-    lines = [
-        (chosen, "memory / unrolled without remat", over(chosen, "temp_bytes"), 0.09),
-        (chosen, "memory / first order", value[chosen, "temp_bytes x"], 3.7),
-        (chosen, "time / unrolled without remat", over(chosen, "median seconds"), 0.6),
-        (chosen, "time / first order", value[chosen, "seconds x"], 3.3),
-        (chosen, "compile time / first order", value[chosen, "compile_seconds x"], 3.0),
-        (fast, "time / first order", value[fast, "seconds x"], 2.9),
-        (fast, "time / unrolled without remat", over(fast, "median seconds"), 0.45),
-        (lean, "memory / first order", value[lean, "temp_bytes x"], 3.0),
-        (lean, "memory / unrolled without remat", over(lean, "temp_bytes"), 0.06),
-        (lean, "time / first order", value[lean, "seconds x"], 4.2),
-    ]
-    if (key := (chosen, "memory per step / fast weights")) in value:
-        lines.append((chosen, "memory per added step / fast weights", value[key], 1.1))
-        found_nested = value[lean, "memory / un-nested"]
-        lines.append((lean, "memory at 64 steps / un-nested", found_nested, 0.4))
-        longest = value[lean, "memory at 128 steps / at 8"]
-        lines.append((lean, "memory at 128 steps / at 8", longest, 3.0))
-    return [
-        f"{method}: {what} {got:.3f} (bar {bar}: {'holds' if got <= bar else 'MISSED'})"
-        for method, what, got, bar in lines
-    ]
 
 
 def write(config: Config, rows: list[dict[str, Any]]) -> None:
@@ -293,7 +292,10 @@ def write(config: Config, rows: list[dict[str, Any]]) -> None:
     )
     # The bars are for one number of inner steps.
     held = config.model == "lm" and not config.small and len(config.steps) == 1
-    notes = bars(rows) if held else []
+    notes = judged.bars(rows) if held else []
+    notes += judged.errors(rows) if config.dtype == "float32" else []
+    page = "\n\n".join([judged.table(rows), *notes])
+    write_atomically(out / "second_order_cost.md", page + "\n")
     leave(
         config, "What second order costs",
         "Every estimator on the same arrays, compiled once in each process and run in turns.",

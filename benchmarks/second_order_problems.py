@@ -12,10 +12,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from benchmarks import peers_jax
 from benchmarks.pieces import WholeConfig
-from jmeta.core.types import Episode, Problem, PyTree, Steps
-from jmeta.methods.maml import learned_start
-from jmeta.models import conv, losses, mlp, transformer
+from jmeta.core.tree import global_norm
+from jmeta.core.types import Array, Episode, Info, MetaGradient, Problem, PyTree, Steps
+from jmeta.methods.maml import TaskLoss, learned_start
+from jmeta.models import conv, lora, losses, mlp, transformer
+
+RATE = 0.1  # of SGD on the decoder
+RANK = 8  # of its low-rank factors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +56,37 @@ class Setting(NamedTuple):
 
 def decoder(given: DecoderConfig, steps: int, variant: str) -> Setting:
     """A decoder of the config's shape; ``variant``: how layers are looped and rematerialised."""
+    loss, params, episode = parts(given, steps, variant)
+    return Setting(variant, learned_start(loss, optax.sgd(RATE)), params, episode)
+
+
+def adapted(given: DecoderConfig, steps: int) -> Setting:
+    """The looped decoder, of which rank-8 factors on queries, keys and values learn and adapt."""
+    loss, params, episode = parts(given, steps, "unroll/none")
+    factors = lora.init(params, jax.random.key(1), RANK)
+    tree, loss = lora.trainable(loss, params, factors, 2.0)
+    return Setting("lora", learned_start(loss, optax.sgd(RATE)), tree, episode)
+
+
+def by_hand(given: DecoderConfig, steps: int, row: str) -> MetaGradient:
+    """``jax.grad`` of a loop or a scan over SGD, as one writes it; nothing of jmeta's is in it."""
+    loss = parts(given, steps, "unroll/none")[0]
+
+    def outer(params: PyTree, episode: Episode) -> Array:
+        value = lambda p, batch: loss(p, batch, None)[0]  # noqa: E731
+        batches = episode.support.batches
+        params = peers_jax.trained(row, value, RATE, params, batches, steps, each=True)
+        return value(params, episode.query)
+
+    def estimate(meta: PyTree, state: PyTree, episode: Episode, key: Any):
+        loss, grads = jax.value_and_grad(outer)(meta, episode)
+        return grads, state, Info(loss, jnp.zeros(steps), {}, global_norm(grads))
+
+    return MetaGradient(lambda meta, key: (), estimate)
+
+
+def parts(given: DecoderConfig, steps: int, variant: str) -> tuple[TaskLoss, PyTree, Episode]:
+    """The decoder's loss, its parameters, and one episode."""
     loop, remat = variant.split("/")
     config = transformer.TransformerConfig(
         vocab=64 if given.small else given.vocab,
@@ -72,8 +108,7 @@ def decoder(given: DecoderConfig, steps: int, variant: str) -> Setting:
         Steps(jax.random.randint(keys[1], (steps, *batch), 0, config.vocab)),
         jax.random.randint(keys[2], batch, 0, config.vocab),
     )
-    problem = learned_start(loss, optax.sgd(0.1))
-    return Setting(variant, problem, transformer.init(config, keys[0]), episode)
+    return loss, transformer.init(config, keys[0]), episode
 
 
 def regressor() -> Setting:

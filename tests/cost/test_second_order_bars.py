@@ -1,0 +1,204 @@
+"""``benchmarks.second_order_cost``: its rows by hand are right, its bars hold or are MISSED."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import peers_jax, readme, second_order_cost
+from benchmarks import second_order_bars as judged
+from benchmarks.second_order_problems import DecoderConfig, adapted, by_hand, decoder
+from jmeta.core.estimators import mixed_mode
+from jmeta.cost import exact_reference, gradient_error
+
+# Of two processes; every number is far on its side of its bar.
+SECONDS = {"unrolled": 10.0, "mixed_mode, block remat": 5.0, "mixed_mode, products kept": 4.0,
+           "mixed_mode, nested": 6.0, "JAX, grad of a loop": 9.0, "JAX, grad of a scan": 8.5,
+           "LoRA, first order": 1.0, "LoRA, mixed_mode": 3.4,
+           "LoRA, mixed_mode, products kept": 3.0}  # fmt: skip
+BYTES = {"unrolled": 1000, "mixed_mode, block remat": 70, "mixed_mode, nested": 50,
+         "JAX, grad of a loop": 900, "JAX, grad of a scan": 950}  # fmt: skip
+
+
+def rows_of(**changed):
+    """Rows of a run that keeps to every bar, but for what is changed: ``{"method|metric": value}``.
+
+    Ratios are to a first order of 2 seconds and 20 bytes.
+    """
+    found = []
+    for process, drift in enumerate((1.0, 1.1)):  # ratios are within a process
+        for method, seconds in SECONDS.items():
+            size = BYTES.get(method, 100)
+            values = {
+                "median seconds": seconds * drift,
+                "temp_bytes": size,
+                "flops x": 3.0,
+                "seconds x": seconds / 2.0,
+                "temp_bytes x": size / 20,
+                "compile_seconds x": 2.0,
+                "error": 1e-6 if method != judged.LORA_FIRST else 0.5,
+            }
+            for metric, value in values.items():
+                value = changed.get(f"{method}|{metric}", value)
+                found.append({"method": method, "seed": process, "metric": metric, "value": value,
+                              "model": "lm", "steps": 8})  # fmt: skip
+    return found
+
+
+def missed(lines):
+    return [line for line in lines if line.endswith("MISSED)")]
+
+
+def test_ratios_to_plain_jax_and_of_lora_have_lines_of_their_own():
+    lines = judged.bars(rows_of())
+    assert "mixed_mode, products kept: time / JAX, grad of a loop 0.444 (bar 0.45: holds)" in lines
+    assert "mixed_mode, products kept: time / JAX, grad of a scan 0.471 (bar 0.45: MISSED)" in lines
+    assert "mixed_mode, nested: memory / JAX, grad of a loop 0.056 (bar 0.06: holds)" in lines
+    assert "mixed_mode, nested: memory / JAX, grad of a scan 0.053 (bar 0.06: holds)" in lines
+    # Of the two exact rows of LoRA, the faster is judged, by LoRA's own first order.
+    assert (
+        "LoRA, mixed_mode, products kept: time / LoRA, first order 3.000 (bar 3.2: holds)" in lines
+    )
+    assert "mixed_mode, products kept: time / unrolled without remat 0.400 (bar 0.45: holds)" in (
+        lines
+    )
+    assert len(missed(lines)) == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ("LoRA, mixed_mode, products kept|median seconds", "LoRA, mixed_mode: time / LoRA"),
+        ("mixed_mode, nested|temp_bytes", "mixed_mode, nested: memory / unrolled"),
+        ("mixed_mode, products kept|seconds x", "mixed_mode, products kept: time / first order"),
+        ("mixed_mode, block remat|compile_seconds x", "mixed_mode, block remat: compile time"),
+    ],
+)
+def test_a_bar_that_is_not_kept_to_is_missed(changed, said):
+    lines = missed(judged.bars(rows_of(**{changed: 500.0})))
+    assert any(line.startswith(said) for line in lines), lines
+
+
+def test_rows_that_were_left_out_are_not_judged():
+    every = rows_of()
+    plain = [row for row in every if row["method"] not in ("unrolled",)]
+    assert judged.bars(plain) == []
+    without = [row for row in every if not row["method"].startswith(("LoRA", "JAX"))]
+    assert len(judged.bars(without)) == 10
+    assert not any("LoRA" in line or "JAX" in line for line in judged.bars(without))
+
+
+@pytest.mark.parametrize(("finite", "verdict"), [(1.0, "holds"), (0.0, "MISSED")])
+def test_the_long_run_is_said_to_be_finite_or_not(finite, verdict):
+    row = {"method": "mixed_mode, nested", "seed": 0, "model": "lm", "steps": 128}
+    long = [row | {"metric": judged.LONG_SECONDS, "value": 57.3},
+            row | {"metric": judged.LONG_FINITE, "value": finite}]  # fmt: skip
+    [line] = [x for x in judged.bars(rows_of() + long) if "128 steps ran in 57.3 s" in x]
+    assert line.endswith(f"{verdict})")
+
+
+def test_the_error_of_the_exact_rows_is_held_to():
+    [line] = judged.errors(rows_of())
+    assert line.startswith("lm, 8 inner steps: float32 error against float64 of 8 exact rows, ")
+    assert line.endswith("(bar 1e-05: holds)")
+    worse = rows_of(**{"unrolled|error": 2e-5, "mixed_mode, nested|error": float("nan")})
+    [line] = judged.errors(worse)
+    assert "unrolled 2.0e-05" in line
+    assert "mixed_mode, nested nan" in line
+    assert line.endswith("(bar 1e-05: MISSED)")
+
+
+def test_what_the_committed_results_say_of_their_error():
+    for model, expected in (("mlp", []), ("conv", [5]), ("lm", [])):
+        file = readme.RESULTS / f"second_order_cost-{model}.json"
+        lines = judged.errors(json.loads(file.read_text(encoding="utf-8"))["rows"])
+        assert [line.partition(" inner")[0] for line in missed(lines)] == [
+            f"{model}, {steps}" for steps in expected
+        ]
+
+
+def test_a_table_has_a_line_for_each_row_that_was_timed():
+    grown = {"method": "mixed_mode, nested", "seed": 0, "metric": "memory / un-nested",
+             "value": 0.3, "model": "lm", "steps": 64}  # fmt: skip
+    lines = judged.table([*rows_of(), grown]).splitlines()
+    assert len(lines) == 2 + len(SECONDS)
+    # Between processes of 10 and 11 seconds.
+    assert "| 8 | unrolled | 1.05e+04 | 5.00 | 0.000954 | 50.00 | 3.00 | 2.00 | 1e-06 |" in lines
+
+
+TINY = DecoderConfig(width=8, layers=1, heads=1, vocab=8, batch=(1, 4))
+STEPS = 2
+
+
+def error_of(mg, setting):
+    """In float32, against reverse mode over reverse mode in float64."""
+    reference = exact_reference(setting.problem, STEPS, setting.meta, setting.episode)
+    grads = jax.jit(lambda m, e: mg.estimate(m, (), e, None)[0])(setting.meta, setting.episode)
+    assert max(abs(leaf).max() for leaf in jax.tree.leaves(reference)) > 1e-6
+    return gradient_error(grads, reference)
+
+
+@pytest.mark.parametrize("row", peers_jax.PLAIN)
+def test_steps_by_hand_are_those_of_sgd_on_a_quadratic(row):
+    rate, start, targets = 0.25, jnp.asarray([1.0, -2.0]), jnp.asarray([[0.5, 2.0], [3.0, 1.0]])
+
+    def end(params, each):
+        support = targets if each else targets[0]
+        loss = lambda p, batch: jnp.sum((p - batch) ** 2) / 2  # noqa: E731
+        return peers_jax.trained(row, loss, rate, params, support, 2, each=each)
+
+    left = 1 - rate
+    own = left**2 * start + rate * left * targets[0] + rate * targets[1]
+    np.testing.assert_allclose(end(start, True), own, rtol=1e-6)
+    same = left**2 * start + (1 - left**2) * targets[0]
+    np.testing.assert_allclose(end(start, False), same, rtol=1e-6)
+    slope = jax.grad(lambda p: end(p, True).sum())(start)
+    np.testing.assert_allclose(slope, [left**2] * 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "row", [pytest.param(peers_jax.LOOP, marks=pytest.mark.slow), peers_jax.SCAN]
+)
+def test_the_rows_by_hand_have_the_exact_gradient(row):
+    assert error_of(by_hand(TINY, STEPS, row), decoder(TINY, STEPS, "unroll/none")) < 1e-5
+
+
+def test_the_factors_alone_learn_and_their_row_is_exact():
+    setting = adapted(TINY, STEPS)
+    shapes = {leaf.shape[-2:] for leaf in jax.tree.leaves(setting.meta)}
+    assert shapes == {(8, 8), (8, 24)}  # A, and B before queries, keys and values
+    assert error_of(mixed_mode(setting.problem, STEPS, remat="step"), setting) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_small_run_leaves_json_table_and_figure(tmp_path):
+    chosen = ["mixed_mode", "JAX, grad of a scan", *judged.LORA[:1], judged.LORA_FIRST]
+    second_order_cost.main(["--preset", "smoke", "--out", str(tmp_path), "--cells", *chosen])
+    rows = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["rows"]
+    first = ["first_order", "first_order, block remat", "first_order, full block remat"]
+    timed = [row["method"] for row in rows if row["metric"] == "seconds"]
+    assert sorted(timed) == sorted([*first, *chosen])
+    # LoRA's first order, however cheap, is no baseline of the others.
+    base = [
+        row["value"] for row in rows if row["metric"] == "temp_bytes" and row["method"] in first
+    ]
+    ratio = {row["method"]: row["value"] for row in rows if row["metric"] == "temp_bytes x"}
+    size = {row["method"]: row["value"] for row in rows if row["metric"] == "temp_bytes"}
+    assert ratio["mixed_mode"] == pytest.approx(size["mixed_mode"] / min(base))
+    page = (tmp_path / "second_order_cost.md").read_text(encoding="utf-8")
+    assert page.startswith("| steps | estimator |")
+    assert page.rstrip().endswith("(bar 1e-05: holds)")
+    assert (tmp_path / "cost.png").exists()
+    assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_growth_runs_the_nested_loop_and_looks_at_its_gradient():
+    rows = {
+        row["metric"]: row for row in second_order_cost.growth(second_order_cost.PRESETS["smoke"])
+    }
+    assert rows[judged.LONG_FINITE]["value"] == 1.0
+    assert rows[judged.LONG_SECONDS]["value"] > 0
+    assert rows["memory at 128 steps / at 8"]["value"] > 0
