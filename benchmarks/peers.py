@@ -22,6 +22,7 @@ import numpy as np
 
 from benchmarks import peers_jax, peers_problems, peers_torch
 from benchmarks.pieces import CostConfig, Rows, piece, show
+from benchmarks.second_order_bars import verdict
 from experiments._shared import record
 from jmeta.cost import median
 from jmeta.runtime import config as configuration
@@ -34,6 +35,13 @@ REFERENCE = "jmeta, unrolled"  # reverse mode over reverse mode, step by step
 AGREE = 1e-8  # of the largest entry
 PAUSE = 0.3  # seconds between turns, in which the threads of the last framework fall asleep
 METRICS = ("median seconds", "peak bytes", "difference")
+SINGLE = "float32 error"
+# Of the best PyTorch row by each measure: time, and memory where it is held to.
+BARS: dict[str, dict[str, tuple[float, float | None]]] = {
+    "sinusoid": {"": (0.1, None)},  # the fastest exact row of jmeta
+    "omniglot": {"": (1.0, None)},
+    "decoder": {peers_jax.FAST: (0.95, 0.9), peers_jax.LEAN: (1.15, 0.25)},
+}
 FRAMEWORKS = {"jax": peers_jax.ROWS, "torch": peers_torch.ROWS}
 
 
@@ -122,8 +130,12 @@ def runnable() -> list[tuple[str, str]]:
 
 
 def agreement(problem: Path, kind: str) -> Rows:
-    """The difference of every float64 gradient to the reference, over its largest entry."""
+    """The difference of every float64 gradient to the reference, over its largest entry.
+
+    Of jmeta's exact rows the float32 gradient too, which is what is timed.
+    """
     found: dict[str, dict[str, np.ndarray]] = {}
+    single: dict[str, dict[str, np.ndarray]] = {}
     rows: Rows = []
     with tempfile.TemporaryDirectory() as folder, workers(problem, *FRAMEWORKS) as started:
         by_name = dict(zip(FRAMEWORKS, started, strict=True))
@@ -135,11 +147,24 @@ def agreement(problem: Path, kind: str) -> Rows:
                 continue
             with np.load(file) as arrays:
                 found[row] = dict(arrays)
+            if row in peers_jax.JMETA and row != peers_jax.FIRST_ORDER:
+                ask = by_name[framework].ask
+                reply = ask(do="gradient", row=row, file=str(file), dtype="float32")
+                if "error" in reply:
+                    rows.append(failed(kind, row, reply["error"]))
+                    continue
+                with np.load(file) as arrays:
+                    single[row] = dict(arrays)
     reference = found[REFERENCE]
     largest = max(np.abs(g).max() for g in reference.values())
-    for row, grads in found.items():
+
+    def gap_of(grads: dict[str, np.ndarray]) -> float:
         gaps = [np.abs(grads[n] - g).max() for n, g in reference.items()]
-        gap = float(np.max(gaps) / largest)  # NaN if any is
+        return float(np.max(gaps) / largest)  # NaN if any is
+
+    rows += [measured(kind, row, SINGLE, gap_of(grads)) for row, grads in single.items()]
+    for row, grads in found.items():
+        gap = gap_of(grads)
         rows.append(measured(kind, row, "difference", gap))
         if not gap <= AGREE and row != peers_jax.FIRST_ORDER:
             why = f"its float64 gradient differs by {gap:.0e}"
@@ -222,6 +247,72 @@ def run(config: Config) -> Rows:
     return list({(r["problem"], r["method"], r["metric"]): r for r in rows}.values())
 
 
+def numbers(rows: Sequence[dict[str, Any]]) -> tuple[dict[tuple[str, str, str], float], dict]:
+    """``{(problem, row, metric): value}``, and ``{(problem, row): why}`` of what cannot run."""
+    value = {(r["problem"], r["method"], r["metric"]): r["value"] for r in rows if "value" in r}
+    why = {(r["problem"], r["method"]): r["metric"].partition(": ")[2] for r in rows
+           if r["metric"].startswith("cannot run")}  # fmt: skip
+    return value, why
+
+
+def best_peer(rows: Sequence[dict[str, Any]], kind: str, metric: str) -> float | None:
+    """The least of the PyTorch rows that can run, or None where none was measured."""
+    value, why = numbers(rows)
+    return min(
+        (value[kind, row, metric] for row in peers_torch.ROWS
+         if (kind, row, metric) in value and (kind, row) not in why),
+        default=None,
+    )  # fmt: skip
+
+
+def ratios(rows: Sequence[dict[str, Any]]) -> Rows:
+    """What jmeta is held to, as rows: time and memory over the best PyTorch row's.
+
+    Args:
+        rows: of ``run``, or of a committed result.
+
+    Returns:
+        Rows with their ``bar``; none of a problem that was not measured in both frameworks.
+    """
+    value, why = numbers(rows)
+    exact = [row for row in peers_jax.JMETA if row != peers_jax.FIRST_ORDER]
+    found: Rows = []
+    for kind, judged in BARS.items():
+        timed = {row: value[kind, row, "median seconds"] for row in exact
+                 if (kind, row, "median seconds") in value and (kind, row) not in why}  # fmt: skip
+        for named, (time_bar, memory_bar) in judged.items():
+            row = named or min(timed, key=lambda each: timed[each], default="")
+            if row not in timed:
+                continue
+            for metric, name, bar in (
+                ("median seconds", "time / best peer", time_bar),
+                ("peak bytes", "memory / best peer", memory_bar),
+            ):
+                least, got = best_peer(rows, kind, metric), value.get((kind, row, metric))
+                if bar is not None and least and got is not None:
+                    found.append(measured(kind, row, name, got / least) | {"bar": bar})
+        for row in exact:
+            if (kind, row, SINGLE) in value:
+                found.append(measured(kind, row, SINGLE, value[kind, row, SINGLE]) | {"bar": 1e-5})
+    return found
+
+
+def bars(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What is held to, a sentence for each bar.
+
+    Args:
+        rows: of ``run``, or of a committed result.
+
+    Returns:
+        Sentences.
+    """
+    return [
+        f"{row['problem']}: {row['method']}: {row['metric']} {row['value']:.3g} "
+        f"(bar {row['bar']:g}: {verdict(row['value'] <= row['bar'])})"
+        for row in ratios(rows)
+    ]
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Time and memory of every row, in multiples of the best PyTorch peer's.
 
@@ -229,47 +320,45 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         rows: of ``run``, or of a committed result.
 
     Returns:
-        A Markdown table.
+        A Markdown table; float32 errors are a column of it where a result has them.
     """
-    value = {(r["problem"], r["method"], r["metric"]): r["value"] for r in rows if "value" in r}
-    why = {(r["problem"], r["method"]): r["metric"].partition(": ")[2] for r in rows
-           if r["metric"].startswith("cannot run")}  # fmt: skip
+    value, why = numbers(rows)
     kinds = list(dict.fromkeys(row["problem"] for row in rows))
+    single = any(metric == SINGLE for *_, metric in value)
     lines = [
-        "| problem | method | ms | x | MiB | x | float64 difference |",
-        "| --- | --- | --: | --: | --: | --: | --: |",
+        "| problem | method | ms | x | MiB | x | float64 difference |"
+        + (" float32 error |" if single else ""),
+        "| --- | --- | --: | --: | --: | --: | --: |" + (" --: |" if single else ""),
     ]
     for kind in kinds:
-        best = {
-            metric: min(
-                (value[kind, row, metric] for row in peers_torch.ROWS
-                 if (kind, row, metric) in value and (kind, row) not in why),
-                default=None,
-            )
-            for metric in ("median seconds", "peak bytes")
-        }  # fmt: skip
         for row in (*peers_jax.ROWS, *peers_torch.ROWS):
             if (kind, row) in why:
-                lines.append(f"| {kind} | {row} | {why[kind, row]} | | | | |")
+                more = " |" if single else ""
+                lines.append(f"| {kind} | {row} | {why[kind, row]} | | | | |{more}")
                 continue
             if not any((kind, row, metric) in value for metric in METRICS):
                 continue  # what a result has not got
             cells = []
             for metric, unit in (("median seconds", 1e-3), ("peak bytes", 2**20)):
                 got = value.get((kind, row, metric))
-                least = best[metric]
+                least = best_peer(rows, kind, metric)
                 cells.append("" if got is None else f"{got / unit:.3g}")
                 cells.append("" if got is None or not least else f"{got / least:.2f}")
-            gap = value.get((kind, row, "difference"))
-            cells.append("" if gap is None else f"{gap:.0e}")
+            for metric in ("difference", SINGLE) if single else ("difference",):
+                gap = value.get((kind, row, metric))
+                cells.append("" if gap is None else f"{gap:.0e}")
             lines.append(f"| {kind} | {row} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def write(config: Config, rows: Rows) -> None:
     """Results, a figure for each problem, and the report."""
-    summary = statistics.summarise(rows)
-    report.write_results(config.out, rows, summary)
+    # The bars are those of the problems' full size.
+    notes = bars(rows) if config.size == "paper" else []
+    judged = ratios(rows) if config.size == "paper" else []
+    kept = [*rows, *(row for row in judged if row["metric"] != SINGLE)]
+    summary = statistics.summarise(kept)
+    report.write_results(config.out, kept, summary)
     pictures = {}
     for kind in dict.fromkeys(row["problem"] for row in rows):
         shown = [r for r in rows if r["problem"] == kind
@@ -286,8 +375,7 @@ def write(config: Config, rows: Rows) -> None:
                 metrics={name: title for name, title in titles.items() if name in metrics},
                 title=kind,
             )
-    text = table(rows)
-    show(config.out, "peers", text)
+    show(config.out, "peers", "\n\n".join([table(rows), *notes]))
     report.write_report(
         config.out,
         "Second order beside its peers",
@@ -295,6 +383,7 @@ def write(config: Config, rows: Rows) -> None:
         config,
         summary,
         pictures,
+        notes,
     )
 
 

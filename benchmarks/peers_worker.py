@@ -31,7 +31,8 @@ def answer(framework: str, made: Given, request: dict[str, Any], built: dict[str
     Args:
         framework: ``jax`` or ``torch``.
         made: the problem.
-        request: ``{"do": "gradient" | "time" | "memory", "row": ..., "file": ...}``.
+        request: ``{"do": "gradient" | "time" | "memory", "row": ..., "file": ..., "dtype": ...}``;
+            a gradient is float64 unless ``dtype`` says ``float32``, all else is float32.
         built: the rows built so far, filled here.
 
     Returns:
@@ -40,11 +41,12 @@ def answer(framework: str, made: Given, request: dict[str, Any], built: dict[str
     module: Any = importlib.import_module(f"benchmarks.peers_{framework}")
     row = request["row"]
     if request["do"] == "gradient":
+        dtype = request.get("dtype", "float64")
         if framework == "jax":
             import jax
 
-            jax.config.update("jax_enable_x64", True)
-        run = module.build(made, row, "float64")
+            jax.config.update("jax_enable_x64", dtype == "float64")
+        run = module.build(made, row, dtype)
         np.savez(request["file"], **module.flat(run()))
         return {}
     if row not in built:
