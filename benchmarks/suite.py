@@ -1,4 +1,4 @@
-"""Every benchmark of cost, one after the other: ``python -m benchmarks.suite --preset quick``.
+"""The benchmarks of docs/cost.md one after the other: ``python -m benchmarks.suite``.
 
 Each writes JSON, table and figure into a folder of its own; one that fails does not stop the rest.
 """
@@ -32,7 +32,7 @@ WHOLE = ("second_order_cost",)  # keeps nothing to go on from
 
 @dataclasses.dataclass(frozen=True)
 class Config(CostConfig):
-    """All benchmarks of cost."""
+    """The benchmarks of second order's cost: ``PARTS``."""
 
     size: Literal["paper", "quick", "smoke"] = "quick"
     """Which preset of each."""

@@ -279,7 +279,7 @@ def standard_promotion():
 @pytest.mark.parametrize(
     ("optimizer", "keyed", "remats"),
     [
-        ("sgd", False, ["none"]),
+        ("sgd", False, ["none", "offload"]),
         ("momentum", True, ["nested"]),
         ("adam", True, ["none", "step", "nested"]),
         ("clipped", False, ["step"]),

@@ -17,7 +17,10 @@ def logistic(carry, x):
     return carry, (carry["a"] ** 2, {"n": carry["n"]})
 
 
-@pytest.mark.parametrize("way", [{"remat": "step"}, {"remat": "nested"}, {"loop": "unroll"}])
+WAYS = [{"remat": "step"}, {"remat": "nested"}, {"remat": "offload"}, {"loop": "unroll"}]
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_remat_and_loop_change_neither_values_nor_gradients_at_any_length(way):
     for length in (1, 2, 5, 8, 13):
         u = jnp.linspace(0.0, 1.0, length)

@@ -12,7 +12,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jmeta
 from jmeta import Episode, Problem
 from jmeta.cost import compile_estimate, fast_bytes, flops
-from jmeta.testing import relative_error
+from jmeta.models import transformer
+from jmeta.testing import equations, relative_error
 
 
 def network(width=32, batch=128, layers=2):
@@ -138,6 +139,76 @@ def test_a_rounded_trajectory_keeps_the_moments_whole():
     run = lambda mg: jax.jit(lambda m: mg.estimate(m, (), episode, None)[0])(meta)
     exact = run(jmeta.mixed_mode(adam, 6))
     assert relative_error(run(jmeta.mixed_mode(adam, 6, remat="rounded")), exact) < 2e-4
+
+
+@pytest.mark.parametrize("name", ["mixed_mode", "unrolled"])
+def test_an_offloaded_trajectory_is_on_the_host_and_another_is_not(name):
+    problem, meta, episode = network(width=4, batch=3)
+    steps, host = 5, jax.memory.Space.Host
+
+    def kept_on_the_host(remat):
+        mg = getattr(jmeta, name)(problem, steps, remat=remat)
+        jaxpr = jax.make_jaxpr(lambda m: mg.estimate(m, (), episode, None)[0])(meta)
+        outs = [v.aval for eqn in equations(jaxpr) if eqn.primitive.name == "scan"
+                for v in eqn.outvars]  # fmt: skip
+        return [aval.shape for aval in outs if getattr(aval, "memory_space", None) == host]
+
+    assert kept_on_the_host("step") == []
+    # A set of weights for every step: the two layers, and nothing else of a step.
+    assert kept_on_the_host("offload") == [(steps, 4, 4)] * 2
+
+
+def floors(layers, steps):
+    """``{estimator: FLOPs}`` over those of a forward pass, for a deep network."""
+    problem, meta, episode = network(width=8, batch=16, layers=layers)
+    forward = layers * 2 * 16 * 8 * 8
+    made = {
+        "first_order": jmeta.first_order(problem, steps),
+        "unrolled": jmeta.unrolled(problem, steps),
+        "mixed_mode": jmeta.mixed_mode(problem, steps, remat="step"),
+    }
+    return {
+        name: flops(jax.make_jaxpr(lambda m, mg=mg: mg.estimate(m, (), episode, None)[0])(meta))
+        / forward
+        for name, mg in made.items()
+    }
+
+
+def test_the_work_is_three_nine_and_twelve_forward_passes_a_step():
+    # And three for the query. A first layer's input has no cotangent, nor has its tangent one.
+    steps = 4
+    for name, work in floors(layers=12, steps=steps).items():
+        passes = {"first_order": 3, "unrolled": 9, "mixed_mode": 12}[name]
+        assert work == pytest.approx(passes * steps + 3, rel=0.12), name
+
+
+def scanned_decoder(blocks, make, **options):
+    """Temporaries of two inner steps; long texts outweigh the weights of a narrow decoder."""
+    size = transformer.TransformerConfig(
+        vocab=8, width=8, layers=4, heads=1, max_len=64, loop="scan", remat=blocks
+    )
+    loss = lambda fast, meta, batch, key: transformer.next_token_loss(size, fast, batch, key=key)
+    problem = Problem(loss, loss, lambda meta: optax.sgd(0.1))
+    meta = jax.eval_shape(lambda key: transformer.init(size, key), jax.random.key(0))
+    text = jax.ShapeDtypeStruct((4, 64), jnp.int32)
+    return temp(make(problem, 2, **options), meta, Episode(text, text))
+
+
+def test_rematerialised_blocks_need_less_memory():
+    plain, full = (scanned_decoder(b, jmeta.mixed_mode, remat="step") for b in ("none", "full"))
+    assert full < 0.3 * plain
+
+
+@pytest.mark.slow
+def test_blocks_that_keep_their_products_lie_between_and_all_below_reverse_mode():
+    plain, dots, full = (
+        scanned_decoder(blocks, jmeta.mixed_mode, remat="step")
+        for blocks in ("none", "dots", "full")
+    )
+    reverse = scanned_decoder("none", jmeta.unrolled)
+    assert full < dots < 0.5 * plain
+    assert plain < 0.3 * reverse
+    assert full < 0.08 * reverse
 
 
 def test_mixed_mode_stores_no_data_for_its_steps():

@@ -1,6 +1,7 @@
 """``jmeta.auto``: exact whatever it chooses, within the memory, kept on disk, or an error."""
 
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -165,7 +166,25 @@ def test_a_choice_is_kept_and_read_again(tmp_path, monkeypatch):
         ):
             with pytest.raises(AssertionError, match="measured again"):
                 other()
+        card = types.SimpleNamespace(platform="gpu", device_kind="another")
+        for name, value in (("__version__", "0.0.1"), ("devices", lambda: [card])):
+            with monkeypatch.context() as elsewhere:
+                elsewhere.setattr(jax, name, value)
+                with pytest.raises(AssertionError, match="measured again"):
+                    cost.fastest(problem, 2, meta, episode, memory="1GiB", folder=tmp_path)
     assert "read from" in cost.explain(again)
+
+
+def test_every_shape_has_a_choice_of_its_own(tmp_path):
+    problem, meta, large = network(width=4)
+    small, chosen = jax.tree.map(lambda x: x[:8], large), []
+    mg = jmeta.auto(problem, 0, memory="1MiB", folder=tmp_path, report=chosen.append)
+    for episode in (large, small, large, small):  # no inner step: the query's own gradient
+        grads = jax.jit(mg.estimate)(meta, (), episode, None)[0]
+        own = jax.grad(lambda m, e=episode: problem.outer_loss(m, m, e.query, None)[0])(meta)
+        assert cost.gradient_error(grads, own) < 1e-5
+    assert [choice.remembered for choice in chosen] == [False, False]
+    assert len({choice.file for choice in chosen}) == 2
 
 
 @pytest.mark.parametrize("damage", ["{}", "cut"])

@@ -43,8 +43,15 @@ def test_a_problem_goes_to_another_process_and_back(kind, tmp_path):
             assert array.dtype in (np.float32, np.int32)
 
 
-def test_the_rows_in_jax_agree_in_float64(x64):
-    made = peers_problems.given("sinusoid", "smoke")
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "sinusoid",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("omniglot", "decoder")),
+    ],
+)
+def test_the_rows_in_jax_agree_in_float64(x64, kind):
+    made = peers_problems.given(kind, "smoke")
     found = {row: peers_jax.flat(peers_jax.build(made, row, "float64")()) for row in peers_jax.ROWS}
     reference = found.pop(peers.REFERENCE)
     first = found.pop(peers_jax.FIRST_ORDER)
