@@ -24,6 +24,11 @@ TABLES: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
 
 
 NETWORKS = "networks"  # a place of two results
+# Those that stand in the place itself, since they may not be there yet.
+PICTURES = {
+    "auto": "time and memory of what jmeta.auto chose",
+    "scaling_laws": "time and memory against inner steps, parameters, tokens and tasks",
+}
 
 
 def places(folder: Path = readme.RESULTS) -> dict[str, str | None]:
@@ -32,7 +37,10 @@ def places(folder: Path = readme.RESULTS) -> dict[str, str | None]:
     for name, make in TABLES.items():
         if (folder / f"{name}.json").exists():
             result = readme.read(name, folder)
-            filled[name] = make(result["rows"]) + "\n\n" + made_by(result)
+            blocks = [make(result["rows"]), made_by(result)]
+            if name in PICTURES and (folder / f"{name}.png").exists():
+                blocks.append(f"![{PICTURES[name]}](../benchmarks/results/{name}.png)")
+            filled[name] = "\n\n".join(blocks)
     small = [name for name in second_order_bars.NETWORKS if (folder / f"{name}.json").exists()]
     if small:
         results = {name: readme.read(name, folder) for name in small}

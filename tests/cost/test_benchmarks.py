@@ -226,6 +226,27 @@ def test_a_planner_that_misses_is_said_to():
     assert "| decoder | 1.0 GiB | a | 512.0 MiB | b | 1.02 | 3 s | 1e-07 |" in auto.table(good)
 
 
+def test_the_planner_has_a_figure_of_what_it_chose(tmp_path):
+    shared = {"method": auto.AUTO, "seed": 0, "chosen": "a", "best by hand": "b"}
+    rows = [
+        shared | {"problem": problem, "metric": metric, "value": value}
+        for problem, time in (("decoder", 1.02), ("weights", 0.97))
+        for metric, value in (("time / best by hand", time), ("bytes / asked", 0.5))
+    ]
+    png, svg = auto.figure([*rows, rows[0] | {"method": "b", "value": 77.0}], tmp_path / "auto")
+    text = svg.read_text(encoding="utf-8")
+    for label in ("decoder", "weights", "1.02×", "0.97×", "0.5×", auto.ONE):
+        assert label in text
+    assert "77×" not in text
+    assert png.stat().st_size > 1000
+
+
+def test_decoders_are_picked_by_hand_from_outside_the_planners_variants():
+    others = auto.from_arrays("decoder", "smoke", 2, "1GiB", None).others
+    assert list(others) == [auto.LONG_KEPT, auto.BLOCKS]
+    assert auto.from_arrays("sinusoid", "smoke", 2, "1GiB", 2).others == {}
+
+
 def test_a_piece_is_measured_once(tmp_path):
     made = []
 

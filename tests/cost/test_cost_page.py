@@ -44,6 +44,7 @@ def test_a_result_is_published_into_an_empty_place(run, tmp_path, monkeypatch, c
     lines = page.read_text().splitlines()
     assert "| tasks | first_order |  |  | 1.000 |  |  |  |" in lines
     assert "1 x cpu; `python -m benchmarks.scaling_laws --preset quick`." in lines
+    assert any(line.endswith("](../benchmarks/results/scaling_laws.png)") for line in lines)
     # And with the place gone, the error is a sentence of the page's name.
     page.write_text("nothing\n")
     with pytest.raises(SystemExit, match=r"cost\.md: the page needs the place <!-- scaling_laws:b"):
