@@ -24,7 +24,7 @@ def monitors(
 
     A healthy teacher has entropies between 0 and :math:`\log V`, copies some tokens and not all,
     and writes the labels of tasks (such as [CLSk]) rarely. One that writes the same everywhere has
-    ``inputs_distinct`` near ``1 / tokens``.
+    an ``inputs_variety`` of one over the number of different tokens that it read.
 
     Args:
         scores: ``rewriting.scores(meta, batch, None)``: ``inputs`` and, as far as there,
@@ -36,18 +36,19 @@ def monitors(
 
     Returns:
         Scalars. For each of the two heads ``<head>_entropy``, the mean entropy in nats;
-        ``<head>_confidence``, the mean probability of the likeliest token; ``<head>_distinct``,
-        the number of different likeliest tokens over the number of positions; and the mean
-        probability that a position is ``<head>_copied``, is [MASK] (``<head>_masked``) or is a
-        label token (``<head>_label_tokens``). For the head ``masked``: ``masked_entropy`` and
-        ``mask_rate``.
+        ``<head>_confidence``, the mean probability of the likeliest token; ``<head>_variety``, how
+        many different tokens are the likeliest somewhere, over how many different ones were read:
+        1 for a copier, and at most 1, since one that writes more kinds than it read lacks none;
+        and the mean probability that a position is ``<head>_copied``, is [MASK]
+        (``<head>_masked``) or is a label token (``<head>_label_tokens``). For the head ``masked``:
+        ``masked_entropy`` and ``mask_rate``.
 
     Example:
         >>> batch = {"tokens": jnp.array([[3, 4]]), "mask": jnp.ones((1, 2))}
         >>> copies = {"inputs": 60 * jax.nn.one_hot(batch["tokens"], 6)}
         >>> found = monitors(copies, batch, mask_token=1)
-        >>> float(found["inputs_copied"]), float(found["inputs_masked"].round(3))
-        (1.0, 0.0)
+        >>> float(found["inputs_copied"]), float(found["inputs_variety"])
+        (1.0, 1.0)
     """
     found: dict[str, Array] = {}
     for name, each in scores.items():
@@ -63,10 +64,9 @@ def monitors(
         if name == "masked":
             found["mask_rate"] = mean(p[..., 1])
             continue
-        vocab = each.shape[-1]
-        best = jnp.where(counts != 0, each.argmax(-1), vocab).ravel()  # pads: out of range
-        seen = jnp.zeros(vocab, each.dtype).at[best].set(1, mode="drop")
-        found[f"{name}_distinct"] = seen.sum() / (share > 0).sum().astype(each.dtype)
+        kinds = _kinds(each.argmax(-1), counts, each.shape[-1]).astype(each.dtype)
+        read = _kinds(batch["tokens"], counts, each.shape[-1]).astype(each.dtype)
+        found[f"{name}_variety"] = jnp.minimum(kinds / jnp.maximum(read, 1), 1)
         found[f"{name}_confidence"] = mean(p.max(-1))
         copied = jnp.take_along_axis(p, batch["tokens"][..., None], axis=-1)[..., 0]
         found[f"{name}_copied"] = mean(copied)
@@ -76,25 +76,33 @@ def monitors(
     return found
 
 
-def has_collapsed(found: dict[str, Any], *, distinct: float = 0.05, copied: float = 0.99) -> str:
+def _kinds(tokens: Array, counts: Array, vocab: int) -> Array:
+    """How many different tokens there are at the places that count."""
+    kept = jnp.where(counts != 0, tokens, vocab).ravel()  # others: out of range
+    return jnp.zeros(vocab, jnp.int32).at[kept].set(1, mode="drop").sum()
+
+
+def has_collapsed(found: dict[str, Any], *, variety: float = 0.25, copied: float = 0.99) -> str:
     """Says in words what is wrong with a teacher, or nothing.
 
     Args:
         found: of ``monitors``.
-        distinct: the least share of different tokens that is no collapse.
+        variety: the least variety that is no collapse: by default a teacher that writes fewer than
+            a quarter as many different tokens as it read has collapsed, as has one that writes the
+            same everywhere where it read five different ones or more.
         copied: the largest share of copied tokens that is no collapse.
 
     Returns:
-        ``""``, or one sentence for each head that writes the same everywhere or only copies.
+        ``""``, or one sentence for each head that writes a few tokens everywhere or only copies.
 
     Example:
-        >>> has_collapsed({"inputs_distinct": 0.01, "inputs_copied": 0.0})
-        'inputs: nearly every position gets the same token'
+        >>> has_collapsed({"inputs_variety": 0.01, "inputs_copied": 0.0})
+        'inputs: the same few tokens are written everywhere'
     """
     said = []
     for head in ("inputs", "labels"):
-        if found.get(f"{head}_distinct", 1.0) < distinct:
-            said.append(f"{head}: nearly every position gets the same token")
+        if found.get(f"{head}_variety", 1.0) < variety:
+            said.append(f"{head}: the same few tokens are written everywhere")
     if found.get("inputs_copied", 0.0) > copied:
         said.append("inputs: the text is copied as it is")
     rate = found.get("mask_rate")

@@ -395,6 +395,30 @@ def test_every_option_of_a_teacher_changes_what_it_learns(data, tmp_path, name, 
     assert max(float(abs(a - b).max()) for a, b in pairs) > 1e-6
 
 
+def test_a_collapse_is_told_of_each_seed_by_its_last_evaluation():
+    row = {"step": 4, "loss_seed0": 1.0, "inputs_copied_seed1": 0.2}
+    healthy = row | {"inputs_variety_seed0": 1.0, "inputs_variety_seed1": 0.5}
+    constant = row | {"inputs_variety_seed0": 1.0, "inputs_variety_seed1": 1 / 66}
+    copier = row | {"inputs_copied_seed0": 1.0}
+    # As rows were written when different tokens were counted as a share of all positions.
+    earlier = row | {"inputs_distinct_seed0": 66 / 2176, "inputs_distinct_seed1": 66 / 2176}
+    found = {
+        "soft": {"history": [healthy, constant]},
+        "hard": {"history": [constant, healthy]},
+        "input-only soft": {"history": [copier]},
+        "input-only hard": {"history": [earlier]},
+        "mask-only": {"history": [{"step": 4, "mask_rate_seed0": 0.15, "mask_rate_seed1": 0.0}]},
+        methods_of.NONE: {"history": []},
+    }
+    assert page.collapses(found, [0, 1]) == [
+        "The teacher of soft, seed 1, has collapsed: inputs: the same few tokens are written "
+        "everywhere.",
+        "The teacher of input-only soft, seed 0, has collapsed: inputs: the text is copied as it "
+        "is.",
+        "The teacher of mask-only, seed 1, has collapsed: masks: nearly nothing is masked.",
+    ]
+
+
 @pytest.mark.parametrize(
     ("network", "said"),
     [

@@ -39,20 +39,51 @@ def test_one_that_copies_and_one_that_says_the_same_everywhere(x64, batch):
     found = watch({"inputs": peaked(batch["tokens"]), "labels": peaked(same)}, batch)
     assert abs(found["inputs_copied"] - 1) < 1e-12
     assert abs(found["inputs_entropy"]) < 1e-12
-    assert abs(found["inputs_distinct"] - 5 / 7) < 1e-12
-    assert abs(found["labels_distinct"] - 1 / 7) < 1e-12
+    # Five kinds of token are read at seven positions.
+    assert abs(found["inputs_variety"] - 1) < 1e-12
+    assert abs(found["labels_variety"] - 1 / 5) < 1e-12
     assert abs(found["labels_label_tokens"] - 1) < 1e-12
-    said = methods.has_collapsed(found, distinct=0.2)
+    said = methods.has_collapsed(found)
     assert (
         said
-        == "labels: nearly every position gets the same token; inputs: the text is copied as it is"
+        == "labels: the same few tokens are written everywhere; inputs: the text is copied as it is"
     )
-    healthy = watch({"inputs": peaked((batch["tokens"] + 1) % 8), "labels": peaked(same)}, batch)
+    assert methods.has_collapsed(found, variety=0.2, copied=1.01) == ""
+    other = peaked((batch["tokens"] + 1) % 8)
+    healthy = watch({"inputs": other, "labels": other}, batch)
     assert methods.has_collapsed(healthy) == ""
     # what stands at a pad does not matter
     other = {"inputs": peaked(batch["tokens"].at[0, 3].set(6)), "labels": peaked(same)}
     again = watch(other, batch)
     assert all(float(again[name]) == float(found[name]) for name in found)
+
+
+def test_variety_is_that_of_what_was_read_whatever_the_number_of_positions(x64):
+    """As many sequences of Two Moons as a teacher rewrites at an evaluation: two in three repeat.
+
+    A copier's different tokens are 3 % of the positions.
+    """
+    kinds = 66
+    tokens = jax.random.permutation(jax.random.key(0), jnp.arange(64 * 34) % kinds).reshape(64, 34)
+    many = {"tokens": tokens, "mask": jnp.ones((64, 34))}
+    scores = lambda said: {"inputs": 60 * jax.nn.one_hot(said, 70, dtype=float)}  # noqa: E731
+    copier = watch(scores(tokens), many)
+    assert float(copier["inputs_variety"]) == 1
+    assert methods.has_collapsed(copier) == "inputs: the text is copied as it is"
+    # Every token for another, and one kind more than was read: nothing is lacking.
+    shifted = jnp.where(jnp.arange(34) == 0, 69, (tokens + 1) % kinds)
+    assert float(watch(scores(shifted), many)["inputs_variety"]) == 1
+    assert methods.has_collapsed(watch(scores(shifted), many)) == ""
+    for few, collapsed in ((1, True), (16, True), (17, False)):
+        found = watch(scores((tokens + 1) % few), many)
+        np.testing.assert_allclose(found["inputs_variety"], few / kinds, rtol=1e-12)
+        assert ("the same few tokens" in methods.has_collapsed(found)) == collapsed
+
+
+def test_the_same_at_each_of_seven_positions_is_a_collapse(batch):
+    assert batch["mask"].sum() == 7
+    found = watch({"inputs": peaked(jnp.full((2, 4), 2))}, batch)
+    assert methods.has_collapsed(found) == "inputs: the same few tokens are written everywhere"
 
 
 def test_masks_are_watched_where_they_may_be(x64, batch):
