@@ -82,19 +82,21 @@ def check(config: Any, data: Data, names: list[str]) -> dict[str, Method]:
 
 
 class Looking:
-    """Evaluations of the student while ``fit`` trains what teaches it; kept beside its metrics."""
+    """Evaluations of the student while ``fit`` trains what teaches it; kept beside its metrics.
+
+    ``looks.jsonl`` has a row of numbers for each, ``panels.jsonl`` of a teacher what it writes.
+    """
 
     def __init__(self, data: Data, method: Method, score: HeldOut, folder: Path, every: int):
-        self.file, self.every, self.score = folder / "looks.jsonl", every, score
+        self.every, self.score = every, score
         self.method, self.words = method, data.words
+        self.write = None if method.write is None else jax.jit(method.write)
         self.held_out = jax.tree.map(jnp.asarray, data.validation)
         read = data_of.unlabelled(data.validation, data.words)
         self.read = {k: jnp.asarray(read[k][:_MONITORED]) for k in ("tokens", "mask", "ordinary")}
         self.monitor = jax.jit(method.monitor)
-        self.rows = {}
-        if self.file.exists():
-            lines = self.file.read_text(encoding="utf-8").splitlines()
-            self.rows = {row["step"]: row for row in map(json.loads, lines)}
+        self.looks = _Rows(folder / "looks.jsonl")
+        self.panels = _Rows(folder / "panels.jsonl")
 
     def __call__(self, step: int, state: TrainState, info: Info) -> None:
         """Look, if it is time to."""
@@ -104,22 +106,35 @@ class Looking:
         found = {**self.score(student, self.held_out), **self.monitor(state.meta, self.read)}
         row = {"step": step * self.method.student_steps}
         row |= {name: float(f"{float(value):.6g}") for name, value in found.items()}
-        self.rows[row["step"]] = row  # a resumed run looks again at what came after its checkpoint
-        kept = [self.rows[at] for at in sorted(self.rows) if at <= row["step"]]
-        distributed.write(self.file, "".join(json.dumps(each) + "\n" for each in kept))
-        self.rows = {each["step"]: each for each in kept}
+        self.looks.add(row)
+        if self.write is not None:
+            self.panels.add({"step": row["step"], "panel": self.panel(state.meta)})
 
     def panel(self, meta: PyTree) -> str:
         """A few texts as the teacher reads, rewrites and labels them."""
-        if self.method.write is None:
+        if self.write is None:
             return ""
         few = {name: leaf[:_SHOWN] for name, leaf in self.read.items()}
-        pseudo = self.method.write(meta, few, jax.random.key(0))
+        pseudo = self.write(distributed.own_copy(meta), few, jax.random.key(0))
 
         def decode(ids: list[int]) -> str:
             return self.words.tokenizer.decode(ids, skip_special_tokens=False).replace("\n", "\\n")
 
         return methods.panels(few, pseudo, decode, examples=_SHOWN)
+
+
+class _Rows:
+    """Rows by step in a file of JSON lines; one of an earlier attempt makes way for a new one."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Add a row; a resumed run adds again what came after its checkpoint."""
+        self.rows = [*(each for each in self.rows if each["step"] < row["step"]), row]
+        distributed.write(self.file, "".join(json.dumps(each) + "\n" for each in self.rows))
 
 
 def pretrain(
@@ -158,12 +173,11 @@ def pretrain(
     )
     with checkpoint.open_checkpoints(folder / "checkpoints", keep=1) as manager:
         state: TrainState = checkpoint.restore(manager, template).tree
-    looks = [looking.rows[at] for at in sorted(looking.rows)]
     rates = [row["steps_per_second"] for row in trained.history[1:] if "steps_per_second" in row]
     return Pretrained(
         method.student(state.meta, state.estimator_state),
         trained.history,
-        looks,
+        looking.looks.rows,
         looking.panel(state.meta),
         trained.cpu_seconds,
         1 / (statistics.median(rates) * method.student_steps) if rates else None,

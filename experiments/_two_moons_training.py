@@ -5,6 +5,7 @@ Evaluations count outer steps; the whole state, and every row so far, is in each
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
@@ -24,12 +25,13 @@ from experiments._shared import refuse_unresumed
 from experiments._teacher_shared import adamw, mlm_scores
 from experiments._two_moons_data import Data
 from experiments._two_moons_methods import Method, network
+from jmeta import methods
 from jmeta.core.types import Array, Info, PyTree
 from jmeta.runtime import checkpoint, distributed
 from jmeta.runtime.train import TrainState
 
 _TOGETHER = 50  # validation sequences that a student reads at a time
-_MONITORED = 64  # validation sequences that a teacher rewrites at each evaluation
+_MONITORED, _SHOWN = 64, 4  # validation sequences that a teacher rewrites: for numbers, to show
 
 
 class Kept(NamedTuple):
@@ -54,6 +56,7 @@ class Pretrained(NamedTuple):
         best: the students with the least validation loss of MLM.
         meta: the meta-parameters at the end.
         history: the rows of the evaluations.
+        panel: what the first seed's teacher reads and writes at the end; empty for MLM.
         seconds: wall time, interrupted attempts included up to their last checkpoint.
     """
 
@@ -61,6 +64,7 @@ class Pretrained(NamedTuple):
     best: PyTree
     meta: PyTree
     history: list[dict[str, Any]]
+    panel: str
     seconds: float
 
 
@@ -76,7 +80,8 @@ def pretrain(config: Any, data: Data, name: str, method: Method, folder: Path) -
         data: the data.
         name: the method's name.
         method: the method.
-        folder: for its checkpoints and metrics.jsonl.
+        folder: for its checkpoints, metrics.jsonl and, of teachers, panels.jsonl: at each
+            evaluation what the first seed's teacher reads and writes.
 
     Returns:
         The students and the history.
@@ -87,15 +92,17 @@ def pretrain(config: Any, data: Data, name: str, method: Method, folder: Path) -
     seeds, chunks = config.seed_list, config.outer_steps // config.chunk
     every = chunks // config.evaluations
     run, look = _programs(config, data, method)
+    show = panels_of(config, data, method)
     template = _begin(config, method)
     manager = checkpoint.open_checkpoints(folder / "checkpoints", keep=1)
-    kept, history, before, done = template, [], 0.0, 0
+    kept, history, panels, before, done = template, [], [], 0.0, 0
     if manager.all_steps():
         refuse_unresumed(folder, config.resume)
         found = checkpoint.restore(manager, template)
         checkpoint.set_aside(manager, after=found.step)
         kept, done = found.tree, found.step // config.chunk
         history, before = found.extra["history"], found.extra["seconds"]
+        panels = found.extra.get("panels", [])  # runs of before they were kept go on without
     begun = time.monotonic()
     samples = config.chunk * config.micro_batches * config.batch * config.inner_steps
     print(f"{name}: {config.outer_steps} outer steps", file=sys.stderr, flush=True)
@@ -127,17 +134,44 @@ def pretrain(config: Any, data: Data, name: str, method: Method, folder: Path) -
         row = {"step": (at + 1) * config.chunk, "samples": (at + 1) * samples, "seconds": spent}
         row |= _plain(seeds, _numbers(info) | numbers)
         history.append(row)
-        distributed.write(
-            folder / "metrics.jsonl", "".join(json.dumps(each) + "\n" for each in history)
-        )
-        checkpoint.save(manager, row["step"], kept, extra={"history": history, "seconds": spent})
+        _write_rows(folder / "metrics.jsonl", history)
+        if method.panel is not None:
+            panels.append({"step": row["step"], "panel": show(states.meta)})
+            _write_rows(folder / "panels.jsonl", panels)
+        extra = {"history": history, "panels": panels, "seconds": spent}
+        checkpoint.save(manager, row["step"], kept, extra=extra)
         print(_line(name, row, seeds), file=sys.stderr, flush=True)
     checkpoint.wait(manager)
     manager.close()
     kept = distributed.own_copy(kept)
     latest = jax.vmap(method.student)(kept.states.meta, kept.states.estimator_state)
     seconds = before + time.monotonic() - begun
-    return Pretrained(latest, kept.best, kept.states.meta, history, seconds)
+    panel = show(kept.states.meta)
+    return Pretrained(latest, kept.best, kept.states.meta, history, panel, seconds)
+
+
+def panels_of(config: Any, data: Data, method: Method) -> Callable[[PyTree], str]:
+    """``meta [seeds, ...] ->`` texts as the first seed's teacher reads, rewrites and labels them.
+
+    The texts are the same at each call, and so is what is drawn for them.
+    """
+    if method.panel is None:
+        return lambda meta: ""
+    write = jax.jit(method.panel)
+    read = data_of.unlabelled(data.held_out, data.words)
+    read = {k: read[k][:_SHOWN] for k in ("tokens", "mask", "ordinary")}
+    decode = functools.partial(data.words.tokenizer.decode, skip_special_tokens=False)
+
+    def show(meta: PyTree) -> str:
+        first = jax.tree.map(lambda leaf: leaf[0], distributed.own_copy(meta))
+        pseudo = write(first, read, jax.random.key(config.first_seed))
+        return methods.panels(read, pseudo, decode)
+
+    return show
+
+
+def _write_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    distributed.write(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 class _Part(NamedTuple):

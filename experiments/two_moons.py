@@ -227,7 +227,7 @@ def file_of(config: Config, name: str) -> Path:
 
 def keep(
     config: Config, name: str, tuned: dict[int, Tuned], trained: Pretrained | None,
-    tuning_seconds: float, panels: str,
+    tuning_seconds: float,
 ) -> None:  # fmt: skip
     """Write what is known of a method: rows, history, choices and the first seed's maps."""
     rows: list[dict[str, Any]] = []
@@ -253,26 +253,9 @@ def keep(
                     "fine-tuning": tuning_seconds},
         # Shares in per cent of the first seed's logistic outputs, by x and y.
         "maps": {str(n): page.shares(t.margins[0]) for n, t in tuned.items()},
-        "panels": panels,
+        "panels": "" if trained is None else trained.panel,
     }  # fmt: skip
     distributed.write(file_of(config, name), json.dumps(content) + "\n")
-
-
-def panels_of(
-    config: Config, data: data_of.Data, method: methods_of.Method, trained: Pretrained
-) -> str:
-    """What the first seed's teacher read and wrote."""
-    if method.panel is None:
-        return ""
-    read = data_of.unlabelled(data.held_out, data.words)
-    read = {k: read[k][:4] for k in ("tokens", "mask", "ordinary")}
-    meta = jax.tree.map(lambda leaf: leaf[0], trained.meta)
-    pseudo = jax.jit(method.panel)(meta, read, jax.random.key(config.first_seed))
-
-    def decode(ids: list[int]) -> str:
-        return data.words.tokenizer.decode(ids, skip_special_tokens=False)
-
-    return methods.panels(read, pseudo, decode)
 
 
 def train(config: Config, data: data_of.Data) -> tuple[Tuner, list[str]]:
@@ -305,7 +288,7 @@ def train(config: Config, data: data_of.Data) -> tuple[Tuner, list[str]]:
             lost.append(str(error))
             continue
         tuned, seconds = tune([trained.latest, trained.best])
-        keep(config, name, tuned, trained, seconds, panels_of(config, data, method, trained))
+        keep(config, name, tuned, trained, seconds)
     return tune, lost
 
 
@@ -323,7 +306,7 @@ def run(config: Config) -> None:
     if not file_of(config, NONE).exists():
         students = fresh_students(config, data)
         tuned, seconds = tune([students, students])
-        keep(config, NONE, tuned, None, seconds, "")
+        keep(config, NONE, tuned, None, seconds)
     if distributed.is_writer():
         page.write(config, data, [file_of(config, name) for name in (*METHODS, NONE)], lost)
     if lost:

@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -262,6 +263,48 @@ def test_a_bad_batch_is_named_before_the_first_step(config, data, monkeypatch, w
     )
     with pytest.raises(ValueError, match=said):
         training.check(config, data, ["mask-only"])
+
+
+def test_a_panel_for_each_evaluation_and_none_twice_after_an_interruption(data, tmp_path):
+    """The teacher replaces every token by its meta-parameter: a panel tells which it was."""
+
+    def write(meta, batch, key):
+        tokens = jnp.full_like(batch["tokens"], meta.astype(int))
+        return {"tokens": tokens, "labels": batch["tokens"], "weights": batch["mask"]}
+
+    method = methods_of.Method(
+        None, None, None, lambda meta, state: meta, 2, lambda meta, batch: {"rate": meta}, write,
+    )  # fmt: skip
+
+    def begin(method=method):
+        score = lambda student, held_out: {"loss": student}  # noqa: E731
+        return training.Looking(data, method, score, tmp_path, 5)
+
+    def train(looking, first, last, meta):
+        for step in range(first, last + 1):
+            looking(step, types.SimpleNamespace(meta=jnp.float32(meta), estimator_state=()), None)
+
+    def rows(name):
+        return [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+
+    interrupted = begin()
+    train(interrupted, 1, 13, 40.0)
+    assert [row["step"] for row in rows("panels.jsonl")] == [10, 20]
+    assert rows("panels.jsonl")[0]["panel"] == interrupted.panel(jnp.float32(40))
+    assert len(rows("panels.jsonl")[0]["panel"].splitlines()) == 9  # three lines for each window
+    resumed = begin()  # from the checkpoint of step 5
+    train(resumed, 6, 15, 50.0)
+    for name in ("panels.jsonl", "looks.jsonl"):
+        assert [row["step"] for row in rows(name)] == [10, 20, 30]
+    wrote = [row["panel"] for row in rows("panels.jsonl")]
+    first, later = (resumed.panel(jnp.float32(meta)) for meta in (40, 50))
+    assert wrote == [first, later, later]
+    assert first != later
+    assert [row["loss"] for row in resumed.looks.rows] == [40, 50, 50]
+    # MLM has none.
+    (tmp_path / "panels.jsonl").unlink()
+    train(begin(method._replace(write=None)), 1, 5, 40.0)
+    assert not (tmp_path / "panels.jsonl").exists()
 
 
 def rescored(out, name, examples):

@@ -318,6 +318,63 @@ def test_an_interrupted_method_goes_on_and_ends_with_the_same_numbers(run, tmp_p
     )
 
 
+@pytest.mark.slow
+def test_a_killed_method_with_state_goes_on_bit_for_bit(data, tmp_path, monkeypatch):
+    """The state of baseline, restarts and population is restored with student and teacher.
+
+    Killed at the third of four evaluations, when its rows were written and its checkpoint not.
+    """
+    smoke = dataclasses.replace(
+        two_moons.PRESETS["smoke"], methods=("input-only hard",), baseline="moving_average",
+        restart_every=3, population=2, evaluations=4, seeds=1, dropout=0.0,
+        support_steps=0, coefficient="loss_difference",
+    )  # fmt: skip
+    method = methods_of.build(smoke, data, "input-only hard")
+    whole, cut, save = tmp_path / "whole", tmp_path / "cut", training.checkpoint.save
+
+    def copied(manager, step, *args, **kwargs):
+        if step == 6:
+            training.checkpoint.wait(manager)
+            shutil.copytree(whole, cut)
+        save(manager, step, *args, **kwargs)
+
+    programs = training._programs(smoke, data, method)
+    monkeypatch.setattr(training, "_programs", lambda *_: programs)
+    monkeypatch.setattr(training.checkpoint, "save", copied)
+    uninterrupted = training.pretrain(smoke, data, "input-only hard", method, whole)
+    monkeypatch.setattr(training.checkpoint, "save", save)
+    rows = lambda folder, name: [  # noqa: E731
+        json.loads(line) for line in (folder / name).read_text().splitlines()
+    ]
+    assert [row["step"] for row in rows(cut, "panels.jsonl")] == [2, 4, 6]
+    resume = dataclasses.replace(smoke, resume=True)
+    resumed = training.pretrain(resume, data, "input-only hard", method, cut)
+
+    for part in ("latest", "best", "meta"):
+        pair = (jax.tree.leaves(getattr(each, part)) for each in (uninterrupted, resumed))
+        for one, other in zip(*pair, strict=True):
+            np.testing.assert_array_equal(one, other)
+    timed = [[{**row, "seconds": 0} for row in each.history] for each in (uninterrupted, resumed)]
+    assert timed[0] == timed[1]
+    assert [row["step"] for row in rows(cut, "metrics.jsonl")] == [2, 4, 6, 8]
+    assert [row["step"] for row in rows(cut, "panels.jsonl")] == [2, 4, 6, 8]
+    assert rows(cut, "panels.jsonl") == rows(whole, "panels.jsonl")
+    assert rows(cut, "panels.jsonl")[-1]["panel"] == resumed.panel == uninterrupted.panel
+    assert "wrote" in resumed.panel
+    # The coefficients' mean has moved, and so has the teacher.
+    assert all(row["baseline_seed0"] != 0 for row in resumed.history[1:])
+
+    # A checkpoint of before panels were kept is gone on from, too.
+    restore = training.checkpoint.restore
+
+    def without_panels(manager, template):
+        found = restore(manager, template)
+        return found._replace(extra={k: v for k, v in found.extra.items() if k != "panels"})
+
+    monkeypatch.setattr(training.checkpoint, "restore", without_panels)
+    assert training.pretrain(resume, data, "input-only hard", method, whole).panel == resumed.panel
+
+
 def test_a_method_that_diverges_is_left_out_and_the_others_go_on(data, tmp_path, monkeypatch):
     asked = []
 
