@@ -93,7 +93,7 @@ def build(config: Any, data: Data, name: str) -> Method:
         sample,
         lambda meta, state: state.student.fast,
         config.inner_steps,
-        shared.monitor(rewriting, data.words),
+        shared.monitor(name, data.words, shape),
         shared.panel(name, rewriting),
     )
 

@@ -97,9 +97,14 @@ def relaxation(name: str) -> Relaxation:
 
 
 def monitor(
-    shown: methods.Rewriting, words: Unified
+    name: str, words: Unified, shape: TransformerConfig
 ) -> Callable[[PyTree, Batch], dict[str, Array]]:
-    """``(meta, unlabelled batch) -> scalars`` that tell whether a teacher has collapsed."""
+    """``(meta, unlabelled batch) -> scalars`` that tell whether a method's teacher has collapsed.
+
+    Of a teacher with two heads both are looked at, though it may write inputs alone: its own MLM
+    losses train the other.
+    """
+    shown, _ = rewriting(name if name in MASKS else "soft", words, shape)
 
     def look(meta: PyTree, batch: Batch) -> dict[str, Array]:
         return methods.monitors(

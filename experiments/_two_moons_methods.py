@@ -122,7 +122,7 @@ def _teacher(config: Any, data: Data, name: str, shape: TransformerConfig, loss:
         size = _batch_shape(config)
         return data_of.teacher_chunk(data, points, seed, number, size, **options_of_chunk)
 
-    monitor = shared.monitor(rewriting, data.words)
+    monitor = shared.monitor(name, data.words, shape)
     return Method(mg, start, chunk, fast, monitor, shared.panel(name, rewriting))
 
 

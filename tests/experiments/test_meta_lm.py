@@ -58,6 +58,7 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
     put(root, "CB", "train", [commitment(i) for i in range(12)])
     put(root, "CB", "val", [commitment(i) for i in range(20, 27)])
+    put(root, "CB", "test", [commitment(i, hidden=True) for i in range(40, 43)])
     put(root, "RTE", "train", [commitment(i, hidden=True) for i in range(6)])
     put(root, "RTE", "val", [commitment(i, hidden=True) for i in range(6)])
     put(root, "ReCoRD", "train", [reading(i) for i in range(6)])
@@ -265,15 +266,16 @@ def test_a_bad_batch_is_named_before_the_first_step(config, data, monkeypatch, w
         training.check(config, data, ["mask-only"])
 
 
-def test_a_panel_for_each_evaluation_and_none_twice_after_an_interruption(data, tmp_path):
+def test_a_panel_for_each_evaluation_and_none_twice_after_an_interruption(config, data, tmp_path):
     """The teacher replaces every token by its meta-parameter: a panel tells which it was."""
 
     def write(meta, batch, key):
         tokens = jnp.full_like(batch["tokens"], meta.astype(int))
         return {"tokens": tokens, "labels": batch["tokens"], "weights": batch["mask"]}
 
-    method = methods_of.Method(
-        None, None, None, lambda meta, state: meta, 2, lambda meta, batch: {"rate": meta}, write,
+    method = methods_of.build(config, data, "mask-only")._replace(
+        student=lambda meta, state: meta, student_steps=2,
+        monitor=lambda meta, batch: {"rate": meta}, write=write,
     )  # fmt: skip
 
     def begin(method=method):
@@ -305,6 +307,75 @@ def test_a_panel_for_each_evaluation_and_none_twice_after_an_interruption(data, 
     (tmp_path / "panels.jsonl").unlink()
     train(begin(method._replace(write=None)), 1, 5, 40.0)
     assert not (tmp_path / "panels.jsonl").exists()
+
+
+def test_both_heads_of_a_teacher_are_watched_whatever_it_writes(config, data):
+    read = data_of.unlabelled(data.validation, data.words)
+    for name in methods_of.METHODS[1:]:
+        method = methods_of.build(config, data, name)
+        meta = jax.eval_shape(method.start, jax.random.key(0))
+        watched = jax.eval_shape(method.monitor, meta, read)
+        heads = {key.partition("_")[0] for key in watched}
+        assert heads == ({"masked", "mask"} if name.startswith("mask") else {"inputs", "labels"})
+
+
+def test_the_preset_paper_has_the_published_sizes():
+    paper = meta_lm.PRESETS["paper"]
+    shape = methods_of.network(paper, paper.vocab)
+    assert (shape.vocab, shape.max_len) == (30_000, 128)
+    for init, published in (
+        (masked_lm.init, 12_548_144), (teacher_lm.init_teacher, 28_004_448)
+    ):  # fmt: skip
+        sizes = jax.eval_shape(lambda key, init=init: init(shape, key), jax.random.key(0))
+        assert sum(leaf.size for leaf in jax.tree.leaves(sizes)) == published
+
+
+def test_predictions_of_a_hidden_split_are_written_as_the_server_takes_them(config, tmp_path):
+    asked = dataclasses.replace(config, tasks=("CB",), submit=True)
+    data = data_of.load(asked)
+    said = {len(range(20, 27)): [0, 1, 2, 0, 1, 2, 0], 3: [2, 0, 1]}  # by the rows of the split
+    tuner = training.Tuner(
+        lambda params, seed, task: params,
+        lambda params, task, windows: said[1 + int(windows.example.max())],
+    )
+    training.fine_tune(asked, data, tuner, {}, "mlm", 0, tmp_path)
+
+    def rows(folder):
+        return [json.loads(line) for line in (tmp_path / folder / "CB.jsonl").open()]
+
+    classes = superglue.TASKS["CB"].classes
+    assert rows("submission") == [
+        {"idx": idx, "label": classes[c]} for idx, c in zip((40, 41, 42), (2, 0, 1), strict=True)
+    ]
+    assert [row["idx"] for row in rows("predictions")] == list(range(20, 27))
+    # Nobody asked: none is read, and none is written.
+    plain = data_of.load(dataclasses.replace(asked, submit=False))
+    assert plain.tasks["CB"].hidden is None
+    training.fine_tune(asked, plain, tuner, {}, "mlm", 0, tmp_path / "plain")
+    assert not (tmp_path / "plain" / "submission").exists()
+
+
+def test_weights_and_support_steps_reach_the_estimator(config, data, monkeypatch):
+    made = []
+    for name in ("soft_teacher", "hard_teacher"):
+        keep = lambda student, _, name=name, **given: made.append((name, student, given))  # noqa: E731
+        monkeypatch.setattr(methods_of.methods, name, keep)
+    asked = dataclasses.replace(
+        config, soft_weight=3.0, input_weight=5.0, hard_weight=7.0, inner_rate=0.25,
+        support_steps=4, inner_steps=2, steps=4,
+    )  # fmt: skip
+    weights = {"soft": 3.0, "input-only soft": 5.0, "mask-only": 3.0, "mask-budget": 3.0,
+               "hard": 7.0, "input-only hard": 7.0}  # fmt: skip
+    for name, weight in weights.items():
+        methods_of.build(asked, data, name)
+        estimator, student, given = made.pop()
+        assert estimator == ("hard_teacher" if name.endswith("hard") else "soft_teacher")
+        assert (given["meta_weight"], given["steps"]) == (weight, 2)
+        assert student.support_steps == 4
+        slope = jnp.asarray([0.5, -2.0])
+        moves, _ = student.support_optimizer.update(slope, student.support_optimizer.init(slope))
+        np.testing.assert_array_equal(moves, -0.25 * slope)
+        assert ("auxiliary" in given) == (not name.startswith("mask"))
 
 
 def rescored(out, name, examples):

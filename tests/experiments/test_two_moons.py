@@ -375,6 +375,91 @@ def test_a_killed_method_with_state_goes_on_bit_for_bit(data, tmp_path, monkeypa
     assert training.pretrain(resume, data, "input-only hard", method, whole).panel == resumed.panel
 
 
+def test_both_heads_of_a_teacher_are_watched_whatever_it_writes(data):
+    smoke = two_moons.PRESETS["smoke"]
+    read = data_of.unlabelled(data.held_out, data.words)
+    read = {k: jnp.asarray(read[k][:3]) for k in ("tokens", "mask", "ordinary")}
+    for name in methods_of.METHODS[1:]:
+        method = methods_of.build(smoke, data, name)
+        meta = jax.eval_shape(method.start, jax.random.key(0))
+        watched = jax.eval_shape(method.monitor, meta, read)
+        heads = {key.partition("_")[0] for key in watched}
+        assert heads == ({"masked", "mask"} if name in shared.MASKS else {"inputs", "labels"})
+    # By hand: no padding in a sequence, and [PAD] is never written.
+    shape = methods_of.network(smoke, data)
+
+    @jax.jit
+    def both(key):
+        meta = teacher_lm.init_teacher(shape, key)
+        monitor = methods_of.build(smoke, data, "input-only soft").monitor
+        return monitor(meta, read), teacher_lm.write(shape, meta, read, None)
+
+    found, written = both(jax.random.key(0))
+    for head in ("inputs", "labels"):
+        scores = np.delete(np.asarray(written[head], np.float64), data.words.pad, -1)
+        p = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+        np.testing.assert_allclose(found[f"{head}_entropy"], -(p * np.log(p)).sum(-1).mean(), 1e-5)
+
+
+def test_settings_reach_the_estimator(data, monkeypatch):
+    made = []
+    for name in ("soft_teacher", "hard_teacher"):
+        keep = lambda student, _, name=name, **given: made.append((name, student, given))  # noqa: E731
+        monkeypatch.setattr(methods_of.methods, name, keep)
+    for name in ("leave_one_out", "moving_average", "no_baseline"):
+        monkeypatch.setattr(methods_of.methods, name, lambda *given, name=name: (name, *given))
+
+    def built(name, **changed):
+        config = dataclasses.replace(two_moons.PRESETS["smoke"], methods=(name,), **changed)
+        methods_of.build(config, data, name)
+        return made.pop()
+
+    weights = {"soft_weight": 3.0, "input_weight": 5.0, "hard_weight": 7.0}
+    for name, weight in (
+        ("soft", 3.0), ("input-only soft", 5.0), ("mask-only", 3.0), ("mask-budget", 3.0),
+        ("hard", 7.0), ("input-only hard", 7.0),
+    ):  # fmt: skip
+        estimator, student, given = built(name, inner_rate=0.25, support_steps=4, **weights)
+        assert estimator == ("hard_teacher" if name in shared.HARD else "soft_teacher")
+        assert given["meta_weight"] == weight
+        assert student.support_steps == 4
+        slope = jnp.asarray([0.5, -2.0])
+        moves, _ = student.support_optimizer.update(slope, student.support_optimizer.init(slope))
+        np.testing.assert_array_equal(moves, -0.25 * slope)
+    for baseline, chosen in (
+        ("leave_one_out", ("leave_one_out",)), ("moving_average", ("moving_average", 0.01)),
+        ("none", ("no_baseline",)),
+    ):  # fmt: skip
+        assert built("hard", baseline=baseline)[2]["baseline"] == chosen
+    for worth in ("exact", "first_order", "cosine", "loss_difference", "negative_loss"):
+        assert built("input-only hard", coefficient=worth)[2]["coefficient"] == worth
+    for weighting in ("sum", "mean"):
+        assert built("hard", weighting=weighting)[2]["weighting"] == weighting
+    assert "grad" not in built("soft")[2]
+    first = built("soft", soft_gradient="first_order", inner_steps=2, samples=64)[2]
+    assert (first["grad"], first["steps"]) == (methods_of.methods.direct_grad, 2)
+
+
+def test_a_label_outside_the_vocabulary_ends_the_experiment_before_anything_compiles(
+    data, tmp_path, monkeypatch
+):
+    config = dataclasses.replace(two_moons.PRESETS["smoke"], out=tmp_path, methods=("soft",))
+    sound = methods_of.build(config, data, "soft")
+
+    def chunk(seed, number):
+        episode = sound.chunk(seed, number)
+        episode.query.query["labels"][0, 0, 0, 1, 0] = data.words.size
+        return episode
+
+    monkeypatch.setattr(methods_of, "build", lambda *_: sound._replace(chunk=chunk))
+    for name in ("fine_tuner", "pretrain"):
+        monkeypatch.setattr(two_moons, name, lambda *_, name=name: pytest.fail(f"{name} was made"))
+    place = r"\[0, 0, 1, 0\] of the labelled query"
+    with pytest.raises(SystemExit, match=rf"^soft: the label at {place} is {data.words.size}: the"):
+        two_moons.train(config, data)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_method_that_diverges_is_left_out_and_the_others_go_on(data, tmp_path, monkeypatch):
     asked = []
 
