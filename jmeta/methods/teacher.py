@@ -108,6 +108,10 @@ def soft_teacher(
     takes its own steps along the mean of their pseudo gradients (at the first step, their gradient
     at the student itself: gradient accumulation), and lives on in the state.
 
+    Look at one batch of a text teacher's episodes with ``check_teacher`` before the first step: it
+    refuses tasks without a label, texts longer than the models, and tokens and labels outside the
+    vocabulary, which a jitted step cannot see: it would read another entry for them, silently.
+
     Args:
         student: what is pre-trained.
         rewriting: ``inputs_and_labels``, ``inputs_only``, ``masks_only`` or ``class_labels`` of

@@ -62,6 +62,10 @@ def hard_teacher(
                            is unbiased for :math:`\nabla_\phi E[L_{query}]`.
     =====================  =======================================================================
 
+    Look at one batch of a text teacher's episodes with ``check_teacher`` first, as for
+    ``soft_teacher``: it refuses tasks without a label, texts that are too long, and tokens and
+    labels outside the vocabulary, for which a step would silently read another entry.
+
     Args:
         student: what is pre-trained; it moves as under ``soft_teacher``.
         rewriting: what the teacher writes.
