@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,8 @@ from experiments import _two_moons_tuning as tuning
 from experiments import two_moons
 from jmeta.core.types import Steps
 from jmeta.models import masked_lm, teacher_lm
-from jmeta.runtime.report import read_results
+from jmeta.runtime.report import markdown_table, read_results, write_results
+from jmeta.runtime.statistics import summarise
 from jmeta.tasks.text import batch, encode
 from jmeta.tasks.two_moons import WHICH_MOON, moon_examples
 
@@ -264,6 +266,8 @@ def test_a_run_leaves_everything_the_contract_names(run):
     assert found == {(m, seed, n) for m in methods for seed in (0, 1) for n in (2, 10)}
     pairs = {row["method"]: row["baseline"] for row in results["summary"] if "labels" in row}
     assert set(pairs.values()) == {"mlm"}
+    beside = {row["method"]: row["published"] for row in results["summary"] if "published" in row}
+    assert beside == {"mlm": "0.614 / 0.734"}
 
 
 @pytest.mark.slow
@@ -559,6 +563,43 @@ def test_a_collapse_is_told_of_each_seed_by_its_last_evaluation():
         "is.",
         "The teacher of mask-only, seed 1, has collapsed: masks: nearly nothing is masked.",
     ]
+
+
+def test_the_published_numbers_stand_beside_ours_in_every_table(tmp_path):
+    means = {("mlm", 10): 0.81, ("input-only soft", 20): 0.58, ("input-only soft", 160): 0.87,
+             (page.NEIGHBOUR, 10): 0.999}  # fmt: skip
+    rows = [
+        {"method": method, "seed": seed, "metric": "accuracy", "value": mean, "labels": n}
+        for (method, n), mean in means.items()
+        for seed in (0, 1)
+    ]
+    rows += [{**row, "metric": "validation accuracy"} for row in rows[:2]]
+    summary = [page._beside(row) for row in summarise(rows, baseline="mlm")]
+    found = {(row["method"], row["labels"], row["metric"]): row["published"]
+             for row in summary if "published" in row}  # fmt: skip
+    assert found == {("mlm", 10, "accuracy"): "0.614 / 0.734",
+                     ("input-only soft", 160, "accuracy"): "0.940"}  # fmt: skip
+    write_results(tmp_path, rows, summary)
+    shown = markdown_table(read_results(tmp_path)["summary"])
+    assert "| method | labels | published | mean ± 95 % | n |" in shown
+    assert "| mlm | 10 | 0.614 / 0.734 | 0.810 ± 0" in shown
+    assert f"| {page.NEIGHBOUR} | 10 |  | 0.999 ± 0" in shown
+    # Beside the documentation's table, in per cent.
+    documented = (Path(__file__).parents[2] / "docs" / "teacher.md").read_text(encoding="utf-8")
+    for method, line in (
+        ("hard", "| *published*: hard |"), ("soft", "| *published*: soft |"),
+        ("input-only soft", "| *published*: input-only soft |"),
+    ):  # fmt: skip
+        [row] = [each for each in documented.splitlines() if each.startswith(line)]
+        cells = [f"{100 * float(share):.1f}" if (share := page.PUBLISHED[method].get(n)) else ""
+                 for n in (10, 20, 40, 80, 160)]  # fmt: skip
+        assert [cell.strip() for cell in row.split("|")[2:-1]] == cells
+    both = [page.PUBLISHED["mlm"][n].split(" / ") for n in (10, 20, 40, 80, 160)]
+    for line, shares in zip(
+        ("last checkpoint", "least loss"), zip(*both, strict=True), strict=True
+    ):
+        cells = " | ".join(f"{100 * float(share):.1f}" for share in shares)
+        assert f"| *published*: MLM, {line} | {cells} |" in documented
 
 
 @pytest.mark.parametrize(
