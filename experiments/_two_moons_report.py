@@ -64,9 +64,9 @@ def write(config: Any, data: Data, files: Sequence[Path], lost: Sequence[str] = 
 
 def _beside(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of the summary, and of accuracy what was published for it, if anything was."""
-    of_method = PUBLISHED.get(row["method"], {}) if row["metric"] == "accuracy" else {}
-    published = of_method.get(row.get("labels"))
-    return dict(row) if published is None else {**row, "published": published}
+    if row["metric"] != "accuracy" or row["labels"] not in PUBLISHED.get(row["method"], {}):
+        return dict(row)
+    return {**row, "published": PUBLISHED[row["method"]][row["labels"]]}
 
 
 def trivial_rows(config: Any, data: Data) -> list[dict[str, Any]]:
