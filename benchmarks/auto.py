@@ -21,6 +21,7 @@ import optax
 import jmeta
 from benchmarks import peers_jax, peers_problems
 from benchmarks.pieces import CostConfig, Rows, piece, show
+from benchmarks.second_order_bars import verdict
 from experiments._shared import record
 from jmeta import cost
 from jmeta.core.types import Array, Episode, MetaGradient, Problem, PyTree
@@ -252,7 +253,7 @@ def bars(rows: Sequence[dict[str, Any]]) -> list[str]:
         held = ratio <= WITHIN and used <= 1 and gap <= 1e-5
         lines.append(
             f"{name}: {ratio:.2f} x the best by hand, {used:.2f} of the memory asked, error "
-            f"{gap:.0e} ({'holds' if held else 'MISSED'})"
+            f"{gap:.0e} ({verdict(held)})"
         )
     return lines
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks import peers_jax, peers_problems, peers_torch
 from benchmarks.pieces import CostConfig, Rows, piece, show
-from benchmarks.second_order_bars import verdict
+from benchmarks.second_order_bars import number, verdict
 from experiments._shared import record
 from jmeta.cost import median
 from jmeta.runtime import config as configuration
@@ -249,7 +249,7 @@ def run(config: Config) -> Rows:
 
 def numbers(rows: Sequence[dict[str, Any]]) -> tuple[dict[tuple[str, str, str], float], dict]:
     """``{(problem, row, metric): value}``, and ``{(problem, row): why}`` of what cannot run."""
-    value = {(r["problem"], r["method"], r["metric"]): r["value"] for r in rows if "value" in r}
+    value = {(r["problem"], r["method"], r["metric"]): number(r) for r in rows if "value" in r}
     why = {(r["problem"], r["method"]): r["metric"].partition(": ")[2] for r in rows
            if r["metric"].startswith("cannot run")}  # fmt: skip
     return value, why
@@ -272,7 +272,8 @@ def ratios(rows: Sequence[dict[str, Any]]) -> Rows:
         rows: of ``run``, or of a committed result.
 
     Returns:
-        Rows with their ``bar``; none of a problem that was not measured in both frameworks.
+        Rows with their ``bar``: ratios of what was measured in both frameworks, and the float32
+        errors there are.
     """
     value, why = numbers(rows)
     exact = [row for row in peers_jax.JMETA if row != peers_jax.FIRST_ORDER]

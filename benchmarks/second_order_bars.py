@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import statistics as median_of
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from benchmarks.peers_jax import PLAIN
 
@@ -16,6 +19,11 @@ INEXACT = ("first_order", "reptile", "mixed_mode, rounded", LORA_FIRST)
 ERROR = 1e-5  # of the largest entry, in float32
 
 LONG_SECONDS, LONG_FINITE = "seconds at 128 steps, once", "finite gradient at 128 steps"
+
+
+def number(row: dict[str, Any]) -> float:
+    """The value of a row; JSON has null for what is not a number."""
+    return math.nan if row["value"] is None else row["value"]
 
 
 def medians(rows: Sequence[dict[str, Any]], *more: str) -> dict[tuple[Any, ...], float]:
@@ -32,7 +40,7 @@ def medians(rows: Sequence[dict[str, Any]], *more: str) -> dict[tuple[Any, ...],
     for row in rows:
         if "value" in row:
             key = (row["method"], row["metric"], *(row.get(name) for name in more))
-            found.setdefault(key, []).append(row["value"])
+            found.setdefault(key, []).append(number(row))
     return {key: median_of.median(values) for key, values in found.items()}
 
 
@@ -53,7 +61,7 @@ def bars(rows: Sequence[dict[str, Any]]) -> list[str]:
     found: dict[tuple[str, str], list[float]] = {}
     for row in rows:
         if "value" in row:
-            found.setdefault((row["method"], row["metric"]), []).append(row["value"])
+            found.setdefault((row["method"], row["metric"]), []).append(number(row))
     chosen, full, fast, lean = JUDGED
 
     def over(method: str, metric: str, base: str = full) -> float:
@@ -196,7 +204,7 @@ def networks(results: dict[str, Sequence[dict[str, Any]]]) -> str:
                 f"{value[method, 'temp_bytes x', steps]:.1f}"
                 for method in _SHOWN
             ]
-            error = max(value[method, "error", steps] for method in _SHOWN)
+            error = float(np.max([value[method, "error", steps] for method in _SHOWN]))
             cells.append(f"{error:.0e}")
             lines.append(f"| {NETWORKS[name]} | {steps} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import jmeta
 from benchmarks import peers_jax
 from benchmarks import second_order_bars as judged
-from benchmarks.pieces import keep_float32, leave
+from benchmarks.pieces import keep_float32, leave, show
 from benchmarks.second_order_problems import (
     DecoderConfig,
     Setting,
@@ -34,7 +34,6 @@ from benchmarks.second_order_problems import (
 from jmeta import cost
 from jmeta.core.steps import Remat
 from jmeta.core.types import MetaGradient
-from jmeta.files import write_atomically
 from jmeta.runtime import config as configuration
 from jmeta.runtime import figures, statistics
 
@@ -259,9 +258,13 @@ def growth(config: Config) -> list[dict[str, Any]]:
     program, setting = compiled(128, "nested")
     longest = program.temp_bytes / temp(8, "nested")
     begin = time.perf_counter()
-    grads = jax.block_until_ready(program.run(setting.meta, setting.episode))
+    try:
+        grads = jax.block_until_ready(program.run(setting.meta, setting.episode))
+        finite = all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(grads))
+    except jax.errors.JaxRuntimeError as error:  # the rows that were timed are not lost by it
+        print(f"128 steps: {error}", file=sys.stderr)
+        finite = False
     spent = time.perf_counter() - begin
-    finite = all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(grads))
     row = {"seed": 0, "model": config.model}
     return [
         row | {"method": "mixed_mode, block remat", "metric": "memory per step / fast weights",
@@ -294,8 +297,7 @@ def write(config: Config, rows: list[dict[str, Any]]) -> None:
     held = config.model == "lm" and not config.small and len(config.steps) == 1
     notes = judged.bars(rows) if held else []
     notes += judged.errors(rows) if config.dtype == "float32" else []
-    page = "\n\n".join([judged.table(rows), *notes])
-    write_atomically(out / "second_order_cost.md", page + "\n")
+    show(out, "second_order_cost", "\n\n".join([judged.table(rows), *notes]))
     leave(
         config, "What second order costs",
         "Every estimator on the same arrays, compiled once in each process and run in turns.",

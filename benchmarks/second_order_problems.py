@@ -69,7 +69,7 @@ def adapted(given: DecoderConfig, steps: int) -> Setting:
 
 
 def by_hand(given: DecoderConfig, steps: int, row: str) -> MetaGradient:
-    """``jax.grad`` of a loop or a scan over SGD, as one writes it; nothing of jmeta's is in it."""
+    """``jax.grad`` of a loop or a scan over SGD, as one writes it, without jmeta's loops."""
     loss = parts(given, steps, "unroll/none")[0]
 
     def outer(params: PyTree, episode: Episode) -> Array:

@@ -96,6 +96,20 @@ def scored_row(config: Any, method: str, seed: int, metric: str, values: Any) ->
 def record(config: Any, *free: str) -> None:
     """Write what a run was asked for, unless the folder holds one that was asked for other things.
 
+    Args:
+        config: a ``RunConfig``.
+        *free: as of ``require_same_settings``.
+
+    Raises:
+        SystemExit: the folder holds a run of other settings.
+    """
+    require_same_settings(config, *free)
+    configuration.dump(config, config.out)
+
+
+def require_same_settings(config: Any, *free: str) -> None:
+    """End where the folder holds a run that was asked for other things.
+
     Otherwise what is there already, trained or scored under other settings, would go on as a part
     of this run.
 
@@ -103,16 +117,19 @@ def record(config: Any, *free: str) -> None:
         config: a ``RunConfig``.
         *free: fields that may change between a run and its continuation, beside ``out`` and
             ``resume``: those that change no number that is kept.
+
+    Raises:
+        SystemExit: the folder holds a run of other settings.
     """
     import yaml
 
-    kept = config.out / "config.yaml"
-    if kept.exists() and _holds_work(config.out):
+    file = config.out / "config.yaml"
+    if file.exists() and _holds_work(config.out):
         now = configuration.values(config)
         # A field that is newer than the run had its default.
         fields = [f for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING]
         before = {f.name: plain(f.default) for f in fields}
-        before |= yaml.safe_load(kept.read_text(encoding="utf-8"))
+        before |= yaml.safe_load(file.read_text(encoding="utf-8"))
         ignored = {"out", "resume", *free}
         changed = [
             f"{name} {before.get(name)!r}, now {now.get(name)!r}"
@@ -125,7 +142,6 @@ def record(config: Any, *free: str) -> None:
                 "--out"
             )
         plain(config)  # all count as read: what is complete is not asked for them again
-    configuration.dump(config, config.out)
 
 
 def _holds_work(out: Path) -> bool:

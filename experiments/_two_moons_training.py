@@ -97,12 +97,12 @@ def pretrain(config: Any, data: Data, name: str, method: Method, folder: Path) -
     manager = checkpoint.open_checkpoints(folder / "checkpoints", keep=1)
     kept, history, panels, before, done = template, [], [], 0.0, 0
     if manager.all_steps():
-        refuse_unresumed(folder, config.resume)
+        refuse_unresumed(config.out, config.resume)
         found = checkpoint.restore(manager, template)
         checkpoint.set_aside(manager, after=found.step)
         kept, done = found.tree, found.step // config.chunk
         history, before = found.extra["history"], found.extra["seconds"]
-        panels = found.extra.get("panels", [])  # runs of before they were kept go on without
+        panels = found.extra.get("panels", [])  # older checkpoints have none
     begun = time.monotonic()
     samples = config.chunk * config.micro_batches * config.batch * config.inner_steps
     print(f"{name}: {config.outer_steps} outer steps", file=sys.stderr, flush=True)

@@ -26,6 +26,7 @@ from experiments._shared import (
     command_line,
     record,
     require_positive,
+    require_same_settings,
     train_method,
     write_metrics,
 )
@@ -325,12 +326,14 @@ def costs(config: Config, seed: page.Seed) -> list[Any]:
 
 def run(config: Config) -> None:
     """Train, score, and write the run directory."""
-    record(config, "seeds", "first_seed")
+    free = ("seeds", "first_seed")
+    require_same_settings(config, *free)
     complete = page.finished(config) if config.resume and distributed.is_writer() else None
     if distributed.first_says(complete is not None):
         if complete is not None:
             page.show(config.out, **complete)
-        return
+        return  # what says how the numbers were made stays as it is, too
+    record(config, *free)
     clock, begun = scoring.Clock(), (time.perf_counter(), time.process_time())
     with clock("text and tokeniser"):
         try:

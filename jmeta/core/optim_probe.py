@@ -93,6 +93,7 @@ def probe(
 
     Raises:
         ValueError: if ``params`` has no floating-point leaf, or ``steps < 1``.
+        TypeError: the optimizer is a line search, which evaluates the loss elsewhere.
 
     Example:
         >>> import jax.numpy as jnp, optax

@@ -38,7 +38,12 @@ def parser() -> argparse.ArgumentParser:
     add("--weights", help="dtype of the fast weights; default float32 (with --model)")
     add("--tasks", type=int, help="in one outer step, in all; default: one for each device")
     add("--microbatch", type=int, help="tasks that a device maps together; default: all its own")
-    add("--estimator", action="append", metavar="NAME", help="as in cost.estimators; repeatable")
+    add(
+        "--estimator",
+        action="append",
+        metavar="NAME",
+        help="as in cost.estimators, or 'mixed_mode offload'; repeatable",
+    )
     add("--mesh", action="append", metavar="tasks=4,fsdp=4", help="one may be -1; repeatable")
     add("--outer", default="adam", help="the outer optimizer: adam, adamw, sgd")
     add("--json", metavar="FILE", help="write the rows there too")

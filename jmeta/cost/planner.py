@@ -56,7 +56,7 @@ def plan(
         steps: inner steps.
         topology: ``local``, or such as ``v5e:16x16``.
         memory: per device, such as ``"16GiB"``; None: what the compiler or runtime says.
-        names: of ``cost.estimators``.
+        names: of ``cost.estimators``, or ``mixed_mode offload``.
         meshes: sizes of the axes ``tasks``, ``fsdp`` and ``tensor``; one may be -1.
         tasks: in one outer step, on all devices together; None: one for each device.
         microbatch: how many tasks a device maps together; None: all of its own.
@@ -174,7 +174,7 @@ def _is_reference(text: Any) -> bool:
 
 
 def check_estimator(name: str) -> None:
-    """Refuse a name that is none of ``cost.estimators``.
+    """Refuse a name that is none of ``cost.estimators`` and not ``mixed_mode offload``.
 
     Raises:
         ValueError: it is none; the message lists them.

@@ -20,7 +20,8 @@ class Candidate(NamedTuple):
     """One way to run a meta step; everything in it is a word or a number.
 
     Attributes:
-        estimator: a name of ``estimators``: ``mixed_mode nested``, ``unrolled step``, ...
+        estimator: a name of ``estimators`` (``mixed_mode nested``, ``unrolled step``, ...), or
+            ``mixed_mode offload``.
         mesh: sizes of the axes, such as ``{"tasks": 4, "fsdp": 4}``; -1 for the rest.
         tasks: in one outer step, on all devices together; None: one for each device.
         microbatch: how many tasks a device maps together; None: all of its own.
@@ -100,7 +101,8 @@ def choose(rows: Sequence[Row]) -> Row | None:
     """The row to run, of those that fit: the least FLOPs, then least sent, then least memory.
 
     FLOPs within a tenth of the least count as equal, and an exact meta-gradient goes before an
-    approximate one. What keeps its weights on the host waits for them, and is chosen last.
+    approximate one. What keeps its weights on the host waits for them: it is chosen where no other
+    exact one fits.
 
     Args:
         rows: of ``plan``.
@@ -113,12 +115,13 @@ def choose(rows: Sequence[Row]) -> Row | None:
         True
     """
     fitting = [row for row in rows if row.fits]
-    pool = [row for row in fitting if row.candidate.estimator in EXACT] or fitting
+    exact = [row for row in fitting if row.candidate.estimator in EXACT]
+    pool = [row for row in exact if not row.host_bytes] or exact or fitting
     if not pool:
         return None
     least = min(row.flops for row in pool)
     pool = [row for row in pool if row.flops <= 1.1 * least]
-    return min(pool, key=lambda row: (row.host_bytes, sent(row), row.bytes))
+    return min(pool, key=lambda row: (sent(row), row.bytes))
 
 
 def sent(row: Row) -> float:
@@ -151,9 +154,12 @@ def plan_markdown(rows: Sequence[Row]) -> str:
         ...     {"all-reduce": [4, 2**30, 0.0]}, 60.0)]).splitlines()[-1])
         Choose mixed_mode on tasks=all: 8.00 of 16.00 GiB on each device.
     """
+    host = any(row.host_bytes for row in rows)
+    name, rule = (" host |", " --: |") if host else ("", "")
     lines = [
-        "| estimator | mesh | together | GiB | state | temp | TFLOP | sent | fits | by size | s |",
-        "| --- | --- | --: | --: | --: | --: | --: | --- | --- | --- | --: |",
+        f"| estimator | mesh | together | GiB | state | temp |{name} TFLOP | sent | fits | by size "
+        "| s |",
+        f"| --- | --- | --: | --: | --: | --: |{rule} --: | --- | --- | --- | --: |",
     ]
     told = _varying([row.candidate.options for row in rows])
     for row in rows:
@@ -165,6 +171,7 @@ def plan_markdown(rows: Sequence[Row]) -> str:
             f"{least}{row.bytes / 2**30:.2f}",
             f"{row.argument_bytes / 2**30:.2f}" if row.temp_bytes else "",
             f"{row.temp_bytes / 2**30:.2f}" if row.temp_bytes else "",
+            *([f"{row.host_bytes / 2**30:.2f}"] if host else []),
             f"{row.flops / 1e12:.2f}",
             traffic_words(row.traffic),
             "yes" if row.fits else "no",

@@ -14,6 +14,7 @@ import optax
 
 from jmeta.core.tree import merge, partition
 from jmeta.core.types import Array, PyTree
+from jmeta.core.updates import updated
 
 SegmentLoss: TypeAlias = Callable[[PyTree, PyTree, PyTree], tuple[Array, tuple[PyTree, PyTree]]]
 
@@ -102,7 +103,7 @@ def dynamic_evaluation(
         (value, (carry, aux)), grads = jax.value_and_grad(scored, has_aux=True)(
             learning, carry, segment
         )
-        updates, opt_state = optimizer.update(grads, opt_state, learning)
+        updates, opt_state = updated(optimizer, grads, opt_state, learning, value)
         learning: Any = optax.apply_updates(learning, updates)
         return (learning, opt_state, carry), (value, aux)
 

@@ -28,7 +28,8 @@ class Student(NamedTuple):
             ``weights`` say how much each label counts; the loss is normalised by their sum.
         start: ``key -> params``: a new student.
         optimizer: what moves it on pseudo-examples; any optax optimizer that stays differentiable
-            (``jmeta.optim``), clipping and schedule included.
+            (``jmeta.optim``), clipping and schedule included, but none that asks for the loss: the
+            student moves along a mean of gradients.
         support_optimizer: what moves it on labelled support data.
         support_steps: how many such steps; 0 scores it as it is.
     """

@@ -92,6 +92,13 @@ def test_the_choice_is_exact_then_cheap_then_quiet():
     assert cost.choose([rough, dear, loud, quiet]) is quiet
     assert cost.choose([rough, dear._replace(fits=False)]) is rough
     assert cost.choose([dear._replace(fits=False)]) is None
+    # What waits for the host comes after an exact one of more FLOPs, and before none.
+    sent_away = row("mixed_mode offload", 1.5, 1.0)._replace(host_bytes=1)
+    assert cost.choose([rough, sent_away, dear]) is dear
+    assert cost.choose([rough, sent_away, dear._replace(fits=False)]) is sent_away
+    lines = cost.plan_markdown([dear, sent_away]).splitlines()
+    assert "| temp | host | TFLOP |" in lines[0]
+    assert len({line.count("|") for line in lines[:4]}) == 1
     assert "Choose mixed_mode nested on one" in cost.plan_markdown([rough, loud, quiet])
 
 

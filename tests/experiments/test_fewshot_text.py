@@ -84,10 +84,14 @@ def test_a_complete_run_shows_its_result_again_and_computes_nothing(smoke, capsy
 
     monkeypatch.setattr(fewshot_text, "load", work)
     results = (smoke / "results.json").read_bytes()
+    made = (smoke / "run.json").read_bytes()
+    (smoke / "run.json").write_bytes(b'{"command": "made by another version"}')
     again = ["--preset", "smoke", "--out", str(smoke), "--resume"]
     fewshot_text.main(again)
     shown = capsys.readouterr().out
     assert (smoke / "results.json").read_bytes() == results
+    assert b"another version" in (smoke / "run.json").read_bytes()  # nor is how they were made
+    (smoke / "run.json").write_bytes(made)
     for said in (*METHODS - {"prototypes, joint features", "nearest neighbour, tokens",
                              "linear probe, joint features"},
                  "mixed_mode", "the whole run", str(smoke / "report.html")):  # fmt: skip

@@ -69,6 +69,18 @@ def test_scores_come_before_updates_and_match_a_loop(params, documents):
     assert relative_error(found.params, here) < 1e-14
 
 
+def test_a_step_size_made_of_the_segments_own_loss_is_told_it(params, documents):
+    document, here = one(documents), params
+    found = evaluated(optax.polyak_sgd, params, document, 10.0)
+    for s in range(5):
+        segment = jax.tree.map(lambda x, s=s: x[s], document)
+        (value, _), grads = jax.value_and_grad(network, has_aux=True)(here, segment)
+        size = sum(jnp.sum(g**2) for g in jax.tree.leaves(grads))
+        rate = jnp.minimum(value / size, 10.0)
+        here = jax.tree.map(lambda p, g, rate=rate: p - rate * g, here, grads)
+    assert relative_error(found.params, here) < 1e-12
+
+
 def test_rms_matches_a_loop_in_numpy_with_no_entry_past_its_start(params, documents):
     document, rate, decay, eps = one(documents), 0.05, 0.6, 1e-3
     rng = np.random.default_rng(1)
