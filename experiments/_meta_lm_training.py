@@ -20,7 +20,7 @@ from experiments import _meta_lm_data as data_of
 from experiments import _meta_lm_methods as methods_of
 from experiments._meta_lm_data import Data, Downstream
 from experiments._meta_lm_methods import HeldOut, Method
-from experiments._shared import train_method
+from experiments._shared import train_method, write_rows
 from experiments._teacher_shared import adamw
 from jmeta import methods
 from jmeta.core.types import Array, Info, PyTree
@@ -134,7 +134,7 @@ class _Rows:
     def add(self, row: dict[str, Any]) -> None:
         """Add a row; a resumed run adds again what came after its checkpoint."""
         self.rows = [*(each for each in self.rows if each["step"] < row["step"]), row]
-        distributed.write(self.file, "".join(json.dumps(each) + "\n" for each in self.rows))
+        write_rows(self.file, self.rows)
 
 
 def pretrain(

@@ -237,6 +237,11 @@ def _note_cpu(folder: Path, seconds: float) -> None:
         distributed.write(folder / _CPU, f"{seconds}\n")
 
 
+def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as a file of JSON lines, in place of what it held."""
+    distributed.write(file, "".join(json.dumps(row) + "\n" for row in rows))
+
+
 def write_metrics(out: Path, histories: Mapping[str, list[dict[str, Any]]]) -> None:
     """The metrics.jsonl of a run of several methods: every row of each, with its method."""
     lines = [

@@ -6,7 +6,6 @@ Evaluations count outer steps; the whole state, and every row so far, is in each
 from __future__ import annotations
 
 import functools
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 import jmeta
 from experiments import _two_moons_data as data_of
-from experiments._shared import refuse_unresumed
+from experiments._shared import refuse_unresumed, write_rows
 from experiments._teacher_shared import adamw, mlm_scores
 from experiments._two_moons_data import Data
 from experiments._two_moons_methods import Method, network
@@ -134,10 +133,10 @@ def pretrain(config: Any, data: Data, name: str, method: Method, folder: Path) -
         row = {"step": (at + 1) * config.chunk, "samples": (at + 1) * samples, "seconds": spent}
         row |= _plain(seeds, _numbers(info) | numbers)
         history.append(row)
-        _write_rows(folder / "metrics.jsonl", history)
+        write_rows(folder / "metrics.jsonl", history)
         if method.panel is not None:
             panels.append({"step": row["step"], "panel": show(states.meta)})
-            _write_rows(folder / "panels.jsonl", panels)
+            write_rows(folder / "panels.jsonl", panels)
         extra = {"history": history, "panels": panels, "seconds": spent}
         checkpoint.save(manager, row["step"], kept, extra=extra)
         print(_line(name, row, seeds), file=sys.stderr, flush=True)
@@ -168,10 +167,6 @@ def panels_of(config: Any, data: Data, method: Method) -> Callable[[PyTree], str
         return methods.panels(read, pseudo, decode)
 
     return show
-
-
-def _write_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    distributed.write(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 class _Part(NamedTuple):
