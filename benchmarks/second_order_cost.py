@@ -140,6 +140,11 @@ def decoder_cells(config: DecoderConfig, steps: int) -> list[Cell]:
     # SGD's update is linear in the gradient: the "step" remat keeps the weights alone, for nothing.
     return [
         Cell("first_order", jmeta.first_order(looped.problem, steps), looped),
+        Cell(
+            "first_order, written out",
+            jmeta.first_order(looped.problem, steps, loop="unroll"),
+            looped,
+        ),
         Cell("first_order, block remat", jmeta.first_order(dots.problem, steps), dots),
         Cell("first_order, full block remat", jmeta.first_order(full.problem, steps), full),
         Cell("mixed_mode", jmeta.mixed_mode(looped.problem, steps, remat="step"), looped),
@@ -156,6 +161,7 @@ def decoder_cells(config: DecoderConfig, steps: int) -> list[Cell]:
         Cell("mixed_mode, rounded", jmeta.mixed_mode(dots.problem, steps, remat="rounded"), dots),
         Cell("unrolled", jmeta.unrolled(scanned.problem, steps), scanned),
         Cell("unrolled, layers looped", jmeta.unrolled(looped.problem, steps), looped),
+        Cell(judged.WRITTEN_OUT, jmeta.unrolled(looped.problem, steps, loop="unroll"), looped),
         Cell("unrolled, step remat", jmeta.unrolled(full.problem, steps, remat="step"), full),
         *(Cell(row, by_hand(config, steps, row), looped) for row in peers_jax.PLAIN),
         Cell(judged.LORA_FIRST, jmeta.first_order(lora.problem, steps), lora),
