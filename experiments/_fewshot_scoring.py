@@ -98,6 +98,7 @@ def score_baselines(
     found = {
         "linear probe, joint features": baselines.linear_probe(on["test"], draw, ridge),
         "prototypes, joint features": baselines.prototypes(on["test"], draw),
+        "nearest neighbour, joint features": baselines.nearest_neighbour(on["test"], draw),
         "prototypes, tf-idf": baselines.prototypes(counts * weights[None], draw),
         "nearest neighbour, tokens": baselines.nearest_neighbour(counts, draw),
         "majority": baselines.majority(draw),
