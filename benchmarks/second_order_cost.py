@@ -34,6 +34,7 @@ from benchmarks.second_order_problems import (
 from jmeta import cost
 from jmeta.core.steps import Remat
 from jmeta.core.types import MetaGradient
+from jmeta.models import conv
 from jmeta.runtime import config as configuration
 from jmeta.runtime import figures, statistics
 
@@ -113,7 +114,11 @@ def cells(config: Config, steps: int) -> list[Cell]:
         return wanted(decoder_cells(config, steps), config.cells)
     setting = regressor() if config.model == "mlp" else classifier(small=config.small)
     made = cost.estimators(setting.problem, steps)
-    return wanted([Cell(name, mg, setting) for name, mg in made.items()], config.cells)
+    every = [Cell(name, mg, setting) for name, mg in made.items()]
+    if config.model == "conv":  # jmeta's own on a CPU is a matmul of patches
+        native = classifier(small=config.small, convolve=conv.conv_native)
+        every.append(Cell("mixed_mode, lax.conv", jmeta.mixed_mode(native.problem, steps), native))
+    return wanted(every, config.cells)
 
 
 def wanted(every: list[Cell], chosen: Sequence[str]) -> list[Cell]:

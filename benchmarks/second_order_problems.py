@@ -127,12 +127,12 @@ def regressor() -> Setting:
     return Setting("mlp", problem, mlp.init(keys[0], (1, 40, 40, 1)), episode)
 
 
-def classifier(*, small: bool = False) -> Setting:
+def classifier(*, small: bool = False, convolve: conv.Convolve | None = None) -> Setting:
     """The 4-block few-shot network with 32 filters, 5-way 1-shot, 5 queries of each class."""
     keys = jax.random.split(jax.random.key(0), 3)
 
     def loss(params: PyTree, batch: dict[str, jax.Array], key: Any):
-        return losses.cross_entropy(conv.apply(params, batch["x"]), batch["y"]), {}
+        return losses.cross_entropy(conv.apply(params, batch["x"], convolve), batch["y"]), {}
 
     def batch(key: jax.Array, each: int) -> dict[str, jax.Array]:
         return {

@@ -6,6 +6,7 @@ are *transductive*. On a CPU a convolution is a matmul of patches, several times
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jmeta.core.types import Array
 
 Params = dict[str, dict[str, Any]]
+Convolve = Callable[[Array, Array], Array]
 
 
 def init(
@@ -65,30 +67,33 @@ def init(
     return params | {"head": {"kernel": head, "bias": jnp.zeros(classes)}}
 
 
-def apply(params: Params, x: Array) -> Array:
+def apply(params: Params, x: Array, convolve: Convolve | None = None) -> Array:
     """Class scores; every example's depend on the whole batch, through its statistics.
 
     Args:
         params: what ``init`` returned.
         x: images ``[n, height, width, channels]``.
+        convolve: ``conv_as_matmul`` or ``conv_native``; None: the former on a CPU, else the latter.
 
     Returns:
         Logits ``[n, classes]``.
     """
-    return features(params, x) @ params["head"]["kernel"] + params["head"]["bias"][None]
+    return features(params, x, convolve) @ params["head"]["kernel"] + params["head"]["bias"][None]
 
 
-def features(params: Params, x: Array) -> Array:
+def features(params: Params, x: Array, convolve: Convolve | None = None) -> Array:
     """What the head reads: the flattened output of the last block.
 
     Args:
         params: what ``init`` returned; the head is not used.
         x: images ``[n, height, width, channels]``.
+        convolve: ``conv_as_matmul`` or ``conv_native``; None: the former on a CPU, else the latter.
 
     Returns:
         ``[n, features]``; with the default sizes ``features`` is ``filters``.
     """
-    convolve = conv_as_matmul if jax.default_backend() == "cpu" else conv_native
+    if convolve is None:
+        convolve = conv_as_matmul if jax.default_backend() == "cpu" else conv_native
     for i in range(sum(name.startswith("block") for name in params)):
         block = params[f"block{i}"]
         x = batch_norm(convolve(x, block["kernel"]), block["scale"], block["bias"])
