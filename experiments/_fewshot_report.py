@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -262,29 +261,29 @@ def show(
             costs.setdefault(row["method"], {})[row["metric"]] = row["value"]
         elif row["metric"].startswith("phase "):
             spent.setdefault(row["method"], {})[row["metric"]] = row["value"]
-    print_costs([SimpleNamespace(name=name, **numbers) for name, numbers in costs.items()])
+    print_costs(costs)
     wall, cpu = PHASE_METRICS
     print_phases({phase: (seconds[wall], seconds[cpu]) for phase, seconds in spent.items()})
     print(f"report: {out / 'report.html'}")
 
 
-def print_costs(costs: Sequence[Any]) -> None:
-    """The cost table on the screen."""
+def print_costs(costs: Mapping[str, Mapping[str, float]]) -> None:
+    """The cost table on the screen: estimator -> metric of ``cost_rows`` -> value."""
     from rich.console import Console
     from rich.table import Table
 
-    base = costs[0]
+    base = next(iter(costs.values()))
     table = Table(title="cost of one meta-gradient on this problem", title_justify="left")
     for name in ("estimator", "ms", "x", "temp MiB", "x", "compile s"):
         table.add_column(name, justify="left" if name == "estimator" else "right")
-    for cost in costs:
+    for name, of in costs.items():
         table.add_row(
-            cost.name,
-            f"{1e3 * cost.seconds:.1f}",
-            f"{cost.seconds / base.seconds:.2f}",
-            f"{cost.temp_bytes / 2**20:.1f}",
-            f"{cost.temp_bytes / max(base.temp_bytes, 1):.2f}",
-            f"{cost.compile_seconds:.1f}",
+            name,
+            f"{1e3 * of['seconds']:.1f}",
+            f"{of['seconds'] / base['seconds']:.2f}",
+            f"{of['temp_bytes'] / 2**20:.1f}",
+            f"{of['temp_bytes'] / max(base['temp_bytes'], 1):.2f}",
+            f"{of['compile_seconds']:.1f}",
         )
     Console().print(table)
 
