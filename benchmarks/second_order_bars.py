@@ -16,7 +16,7 @@ WRITTEN_OUT = "unrolled, written out"  # all kept, and nothing stacked: the leas
 LORA_FIRST = "LoRA, first order"
 LORA = ("LoRA, mixed_mode", "LoRA, mixed_mode, products kept")
 # Not the exact gradient, and said to be none.
-INEXACT = ("first_order", "reptile", "mixed_mode, rounded", LORA_FIRST)
+INEXACT = ("first_order", "reptile", "mixed_mode, rounded", "evolution", LORA_FIRST)
 ERROR = 1e-5  # of the largest entry, in float32
 
 LONG_SECONDS, LONG_FINITE = "seconds at 128 steps, once", "finite gradient at 128 steps"

@@ -33,7 +33,7 @@ from benchmarks.second_order_problems import (
 )
 from jmeta import cost
 from jmeta.core.steps import Remat
-from jmeta.core.types import MetaGradient
+from jmeta.core.types import Episode, MetaGradient, PyTree
 from jmeta.models import conv
 from jmeta.runtime import config as configuration
 from jmeta.runtime import figures, statistics
@@ -100,6 +100,9 @@ PRESETS = {
 }
 
 
+IMPLICIT = "implicit, 5 steps of CG"
+
+
 class Cell(NamedTuple):
     """One estimator on one variant."""
 
@@ -115,10 +118,27 @@ def cells(config: Config, steps: int) -> list[Cell]:
     setting = regressor() if config.model == "mlp" else classifier(small=config.small)
     made = cost.estimators(setting.problem, steps)
     every = [Cell(name, mg, setting) for name, mg in made.items()]
-    if config.model == "conv":  # jmeta's own on a CPU is a matmul of patches
+    if config.model == "mlp":
+        every += further_cells(setting, steps)
+    else:  # jmeta's own convolution is a matmul of patches on a CPU
         native = classifier(small=config.small, convolve=conv.conv_native)
         every.append(Cell("mixed_mode, lax.conv", jmeta.mixed_mode(native.problem, steps), native))
     return wanted(every, config.cells)
+
+
+def further_cells(setting: Setting, steps: int) -> list[Cell]:
+    """What else estimates the gradient of a learned start; on a large network it takes too long."""
+    near = setting._replace(problem=jmeta.proximal(setting.problem, 1.0))
+    drawn = jmeta.evolution(setting.problem, steps, pairs=16, sigma=0.01)
+
+    def estimate(meta: PyTree, state: PyTree, episode: Episode, _: Any):
+        return drawn.estimate(meta, state, episode, jax.random.key(0))
+
+    return [
+        Cell("forward", jmeta.forward(setting.problem, steps), setting),
+        Cell(IMPLICIT, jmeta.implicit(near.problem, steps, solver=jmeta.cg(5)), near),
+        Cell("evolution, 16 pairs", drawn._replace(estimate=estimate), setting),
+    ]
 
 
 def wanted(every: list[Cell], chosen: Sequence[str]) -> list[Cell]:
@@ -228,7 +248,8 @@ def measure(config: Config, steps: int, process: int) -> list[dict[str, Any]]:
             if metric == "seconds":
                 rows.append(row | {"values": list(seconds[name])})
                 metric = "median seconds"
-            if name != "reptile" or metric != "error":  # Reptile estimates something else
+            # Reptile follows something else, and implicit has a problem of its own.
+            if name not in ("reptile", IMPLICIT) or metric != "error":
                 rows.append(row | {"metric": metric, "value": value})
     return rows
 

@@ -11,7 +11,7 @@ from benchmarks import peers_jax, readme, second_order_cost
 from benchmarks import second_order_bars as judged
 from benchmarks.second_order_problems import DecoderConfig, adapted, by_hand, decoder
 from jmeta.core.estimators import mixed_mode
-from jmeta.cost import exact_reference, gradient_error
+from jmeta.cost import compile_estimate, exact_reference, gradient_error
 
 # Of two processes; every number is far on its side of its bar.
 SECONDS = {"unrolled": 10.0, "mixed_mode, block remat": 5.0, "mixed_mode, products kept": 4.0,
@@ -172,6 +172,25 @@ def test_the_factors_alone_learn_and_their_row_is_exact():
     shapes = {leaf.shape[-2:] for leaf in jax.tree.leaves(setting.meta)}
     assert shapes == {(8, 8), (8, 24)}  # A, and B before queries, keys and values
     assert error_of(mixed_mode(setting.problem, STEPS, remat="step"), setting) < 1e-5
+
+
+def test_the_sinusoid_network_has_a_row_for_every_estimator_of_a_learned_start():
+    every = {c.name: c for c in second_order_cost.cells(second_order_cost.PRESETS["mlp"], 1)}
+    others = {"forward", second_order_cost.IMPLICIT, "evolution, 16 pairs"}
+    assert others | {"first_order", "mixed_mode", "unrolled", "reptile"} < set(every)
+    setting, found = every["forward"].setting, run(every["forward"])
+    exact = exact_reference(setting.problem, 1, setting.meta, setting.episode)
+    assert gradient_error(found, exact) < 1e-5
+    smooth = run(every["evolution, 16 pairs"])
+    # Thirty-two draws in 1761 directions: noise, but along the slope.
+    product = sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(smooth), jax.tree.leaves(found),
+                                                 strict=True))  # fmt: skip
+    assert product > 0
+
+
+def run(cell):
+    program = compile_estimate(cell.mg, cell.setting.meta, cell.setting.episode)
+    return program.run(cell.setting.meta, cell.setting.episode)
 
 
 @pytest.mark.slow
