@@ -92,7 +92,7 @@ def test_the_floor_of_memory_is_the_trajectory(steps, nested):
     for tasks in (1, 3):
         size = scaling_laws.Size(steps=steps, tasks=tasks)
         found = {
-            name: scaling_laws.floor(name, "temp_bytes", size, made, 1.0)
+            name: scaling_laws.floor(name, "temp_bytes", size, made)
             for name in scaling_laws.METHODS
         }
         assert found == {
