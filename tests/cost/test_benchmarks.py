@@ -171,8 +171,29 @@ def test_flops_are_near_the_floor_of_a_matmul_network():
                 m, (), made.episode, None
             )[0]
         )(made.meta)
-        bound = scaling_laws.floor(method, "flops", size, made, 1.0)
+        bound = scaling_laws.floor(method, "flops", size, made)
         assert 0.7 < scaling_laws.cost.flops(program) / bound < 1.5, method
+
+
+def test_the_least_time_is_that_of_the_machine_at_its_best():
+    rows = [
+        {"method": "matmul", "seed": 0, "metric": "flop/s", "value": rate, "axis": axis}
+        for axis, rate in (("tasks", 50.0), ("tokens", 100.0))  # slower while others were at work
+    ] + [
+        {
+            "method": "unrolled",
+            "seed": 0,
+            "metric": metric,
+            "value": value,
+            "axis": "tasks",
+            "at": 1,
+        }
+        for metric, value in (("flops, floor", 300.0), ("median seconds", 4.0))
+    ]
+    rows.append(rows[2] | {"at": 2})  # compiled alone
+    [least] = scaling_laws.time_floors(rows)
+    assert (least["metric"], least["value"], least["at"]) == ("median seconds, floor", 3.0, 1)
+    assert [scaling_laws.short(n) for n in (128, 34816, 1655808)] == ["128", "35k", "1.7M"]
 
 
 def test_equal_time_is_by_the_seconds_of_a_step():
@@ -213,6 +234,29 @@ def test_fast_weights_are_compared_with_first_order_that_trained_as_long(tmp_pat
     assert at_equal_steps.endswith("| -5.0 ± 2.5 |")
     assert at_equal_time.endswith("| -3.3 ± 1.4 |")
     assert "| 41.3 ± 3.8 |" in at_equal_time
+
+
+def test_text_is_compared_with_first_order_that_trained_as_long(tmp_path):
+    assert what_it_buys.text_rows(tmp_path) == []
+    # Episode by episode, over two of them.
+    first = {"as many": ([0.8, 0.6], 200.0, 20.0), "as long": ([0.85, 0.75], 280.0, 90.0)}
+    for name, longer in what_it_buys.TEXT_RUNS.items():
+        for run, which in ((name, "as many"), (longer, "as long")):
+            methods = {"maml": ([0.9, 0.8], 440.0, 30.0), "fomaml": first[which]}
+            if which == "as long":  # of another training, which nobody reads
+                methods["maml"] = ([0.1, 0.1], 616.0, 42.0)
+            rows = []
+            for method, (values, work, seconds) in methods.items():
+                rows += [
+                    {"method": method, "metric": "accuracy", "values": values},
+                    {"method": method, "metric": "gradient evaluations", "value": work},
+                    {"method": method, "metric": "training CPU seconds", "value": seconds},
+                ]
+            (tmp_path / f"{run}.json").write_text(json.dumps({"rows": rows}))
+    *_, steps, time = what_it_buys.text_rows(tmp_path)
+    assert ", first order: as many steps | 0.8500 | 0.7000 | +0.15 ± 0.64 | 1.50 |" in steps
+    assert ", first order: as much time, 1.4 x the steps | 0.8500 | 0.8000 |" in time
+    assert time.endswith("| +0.0500 ± 0.0000 | 1.07 |")
 
 
 def test_a_planner_that_misses_is_said_to():
