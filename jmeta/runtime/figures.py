@@ -203,6 +203,7 @@ def forest(
             )  # fmt: skip
         _rows_downwards(axes, labels)
         axes.margins(x=0.12)
+        axes.locator_params(axis="x", nbins=5)  # beside long labels there is no room for more
         axes.set_xlabel(xlabel or f"{metric}: paired difference to {' / '.join(baselines)}")
         if title:
             axes.set_title(title)
