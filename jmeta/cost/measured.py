@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -220,6 +221,8 @@ def interleave(
 ) -> tuple[dict[str, list[float]], dict[str, float | None]]:
     """Run compiled programs in turns, so that a busy machine disturbs all alike.
 
+    Every turn has an order of its own: none always runs in the caches that the same other leaves.
+
     Args:
         programs: ``{name: Program}``.
         arguments: ``{name: (meta, episode)}``, or what else a program was compiled for.
@@ -240,9 +243,9 @@ def interleave(
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     errors: dict[str, float | None] = dict.fromkeys(programs)
     for repeat in range(repeats + 1 if repeats else 0):
-        for name, program in programs.items():
+        for name in random.Random(repeat).sample(list(programs), len(programs)):
             begin = time.perf_counter()
-            grads = jax.block_until_ready(program.run(*arguments[name]))
+            grads = jax.block_until_ready(programs[name].run(*arguments[name]))
             if repeat:
                 seconds[name].append(time.perf_counter() - begin)
             elif reference is not None:
