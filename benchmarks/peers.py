@@ -24,7 +24,7 @@ from benchmarks import peers_jax, peers_problems, peers_torch
 from benchmarks.pieces import CostConfig, Rows, piece, show
 from benchmarks.second_order_bars import number, verdict
 from experiments._shared import record
-from jmeta.cost import median
+from jmeta.cost import median, turn
 from jmeta.runtime import config as configuration
 from jmeta.runtime import figures, report, statistics
 
@@ -186,7 +186,7 @@ def timing(problem: Path, kind: str, repeats: int, minutes: float) -> Rows:
         for repeat in range(repeats + 1):
             if repeat > 1 and time.monotonic() > end:
                 break
-            for framework, row in runnable():
+            for framework, row in turn(list(runnable()), repeat):
                 if row in errors:
                     continue
                 reply = by_name[framework].ask(do="time", row=row)

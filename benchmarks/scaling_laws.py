@@ -205,7 +205,7 @@ def time_floors(rows: Rows) -> Rows:
     Returns:
         Further rows.
     """
-    rate = max(row["value"] for row in rows if row["metric"] == RATE)
+    rate = max((row["value"] for row in rows if row["metric"] == RATE), default=math.nan)
     timed = {(r["axis"], r["method"], r["at"]) for r in rows if r["metric"] == "median seconds"}
     return [
         row | {"metric": "median seconds, floor", "value": row["value"] / rate}
@@ -250,7 +250,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """Fitted exponents, and how far the largest point of each axis is from the floor.
 
     Args:
-        rows: of ``measure``.
+        rows: of ``measure``, with those of ``time_floors``.
 
     Returns:
         A Markdown table.
@@ -282,10 +282,17 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def short(number: float) -> str:
-    """A number as an axis has room for it: 128, 35k, 1.7M."""
+    """A number as an axis has room for it: 128, 35k, 1.7M.
+
+    Args:
+        number: not negative.
+
+    Returns:
+        At most three digits and a unit.
+    """
     if number < 1000:
         return f"{number:g}"
-    return f"{number / 1000:.0f}k" if number < 1e6 else f"{number / 1e6:.1f}M"
+    return f"{number / 1000:.0f}k" if number < 999_500 else f"{number / 1e6:.1f}M"
 
 
 def figure(rows: Sequence[dict[str, Any]], path: Path) -> tuple[Path, Path]:

@@ -127,10 +127,19 @@ def cells(config: Config, steps: int) -> list[Cell]:
 
 
 def further_cells(setting: Setting, steps: int) -> list[Cell]:
-    """What else estimates the gradient of a learned start; on a large network it takes too long."""
+    """What else estimates the gradient of a learned start; on a large network it takes too long.
+
+    Args:
+        setting: the problem.
+        steps: inner steps.
+
+    Returns:
+        Forward mode, implicit differentiation of a proximal problem, and evolution strategies.
+    """
     near = setting._replace(problem=jmeta.proximal(setting.problem, 1.0))
     drawn = jmeta.evolution(setting.problem, steps, pairs=16, sigma=0.01)
 
+    # It draws directions, and programs are compiled without a key.
     def estimate(meta: PyTree, state: PyTree, episode: Episode, _: Any):
         return drawn.estimate(meta, state, episode, jax.random.key(0))
 

@@ -173,13 +173,14 @@ def at_equal_time(rows: Sequence[dict[str, Any]]) -> Rows:
 
 
 def text_rows(folder: Path = RESULTS) -> list[str]:
-    """Few-shot text, from committed runs: exact against first order that trained as long.
+    """Few-shot text, from committed runs: exact against first order, that of more steps too.
 
     Returns:
-        Lines of a Markdown table; none where a run is missing.
+        Lines of a Markdown table; none where a run is missing. The ratio of CPU seconds is of the
+        runs of as many steps, and the other's number of steps was chosen by it.
     """
     lines = [
-        "| few-shot text, accuracy | exact | first order | paired difference | CPU time x |",
+        "| few-shot text, accuracy | exact | first order | paired difference | CPU seconds x |",
         "| --- | --: | --: | --: | --: |",
     ]
     for name, longer in TEXT_RUNS.items():
@@ -188,23 +189,34 @@ def text_rows(folder: Path = RESULTS) -> list[str]:
             return []
         equal, other = (json.loads(file.read_text(encoding="utf-8"))["rows"] for file in files)
         exact = of_training(equal, "maml", ACCURACY)
-        # A step's time is that of one run: another may have had one core where this had two.
         ratio = of_training(equal, "maml", SECONDS) / of_training(equal, "fomaml", SECONDS)
         for rows in (equal, other):
             first = of_training(rows, "fomaml", ACCURACY)
             factor = of_training(rows, "fomaml", WORK) / of_training(equal, "fomaml", WORK)
-            said = "as many steps" if factor == 1 else f"as much time, {factor:g} x the steps"
+            said = "as many steps" if factor == 1 else f"{factor:g} x the steps"
             gap = statistics.mean_ci(np.subtract(exact, first))
             lines.append(
                 f"| {name}, first order: {said} | {np.mean(exact):.4f} | {np.mean(first):.4f} "
                 f"| {report.format_interval(gap.mean, gap.half_width, sign=True)} "
-                f"| {ratio / factor:.2f} |"
+                f"| {f'{ratio:.2f}' if factor == 1 else ''} |"
             )
     return lines
 
 
 def of_training(rows: Sequence[dict[str, Any]], method: str, metric: str) -> Any:
-    """The only row of a method and metric: its value, or the values of all test episodes."""
+    """The only row of a method and metric, of a run of one seed.
+
+    Args:
+        rows: of a committed run.
+        method: whose.
+        metric: which.
+
+    Returns:
+        Its value, or the values of all test episodes.
+
+    Raises:
+        ValueError: the run has several seeds, or no such row.
+    """
     [row] = (row for row in rows if (row["method"], row["metric"]) == (method, metric))
     return row["values"] if "values" in row else row["value"]
 

@@ -268,7 +268,11 @@ def show(
 
 
 def print_costs(costs: Mapping[str, Mapping[str, float]]) -> None:
-    """The cost table on the screen: estimator -> metric of ``cost_rows`` -> value."""
+    """The cost table on the screen.
+
+    Args:
+        costs: estimator -> metric of ``cost_rows`` -> value; the others are multiples of the first.
+    """
     from rich.console import Console
     from rich.table import Table
 

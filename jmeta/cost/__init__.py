@@ -21,6 +21,7 @@ from jmeta.cost.measured import (
     markdown,
     median,
     table,
+    turn,
 )
 from jmeta.cost.planner import plan
 from jmeta.cost.rows import Candidate, Row, choose, plan_markdown
@@ -61,5 +62,6 @@ __all__ = [
     "plan",
     "plan_markdown",
     "table",
+    "turn",
     "wire_bytes",
 ]

@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,8 @@ from jmeta.core.estimators import first_order, mixed_mode, reptile, unrolled
 from jmeta.core.inner import Objective, final
 from jmeta.core.types import Array, Episode, Key, MetaGradient, Problem, PyTree
 from jmeta.cost.compiled import Program, compile_program
+
+Name = TypeVar("Name")
 
 
 class Cost(NamedTuple):
@@ -213,6 +214,37 @@ def table(
     ]
 
 
+def turn(names: Sequence[Name], number: int) -> list[Name]:
+    r"""The order of one turn, so that none always runs in the caches that the same other leaves.
+
+    Zigzags :math:`0, 1, -1, 2, -2, \dots` modulo ``n``, shifted from turn to turn: in ``n`` turns
+    (twice as many where ``n`` is odd, each zigzag then followed by its reverse) everyone comes
+    directly after every other equally often.
+
+    Args:
+        names: of what runs.
+        number: of the turn, from zero.
+
+    Returns:
+        The names, in the order of this turn.
+
+    Source: Williams, "Experimental designs balanced for the estimation of residual effects of
+    treatments" (1949).
+
+    Example:
+        >>> turn("ab", 0), turn("ab", 1)
+        (['a', 'b'], ['b', 'a'])
+        >>> ["".join(turn("abcd", number)) for number in range(4)]
+        ['abdc', 'bcad', 'cdba', 'dacb']
+    """
+    count = len(names)
+    odd = count % 2
+    shift = number // 2 if odd else number
+    zigzag = [-(i // 2) if i % 2 == 0 else i // 2 + 1 for i in range(count)]
+    order = [names[(place + shift) % count] for place in zigzag]
+    return order[::-1] if odd and number % 2 else order
+
+
 def interleave(
     programs: Mapping[str, Program],
     arguments: Mapping[str, tuple[PyTree, ...]],
@@ -221,7 +253,7 @@ def interleave(
 ) -> tuple[dict[str, list[float]], dict[str, float | None]]:
     """Run compiled programs in turns, so that a busy machine disturbs all alike.
 
-    Every turn has an order of its own: none always runs in the caches that the same other leaves.
+    The orders are those of ``turn``.
 
     Args:
         programs: ``{name: Program}``.
@@ -243,7 +275,7 @@ def interleave(
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     errors: dict[str, float | None] = dict.fromkeys(programs)
     for repeat in range(repeats + 1 if repeats else 0):
-        for name in random.Random(repeat).sample(list(programs), len(programs)):
+        for name in turn(list(programs), repeat):
             begin = time.perf_counter()
             grads = jax.block_until_ready(programs[name].run(*arguments[name]))
             if repeat:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from jmeta.cost.measured import median
+from jmeta.cost.measured import median, turn
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -57,7 +57,7 @@ def race(
         if name not in running:
             seconds[name].append(_timed(programs[name])[0])
     for rounds in range(1, max(repeats, LONGEST) + 1):
-        for name in running:
+        for name in turn(running, rounds):
             seconds[name].append(_timed(programs[name])[0])
         quickest = min(min(seconds[name]) for name in running)
         enough = sum(seconds[running[0]]) > ENOUGH or rounds >= LONGEST

@@ -255,8 +255,8 @@ def test_text_is_compared_with_first_order_that_trained_as_long(tmp_path):
             (tmp_path / f"{run}.json").write_text(json.dumps({"rows": rows}))
     *_, steps, time = what_it_buys.text_rows(tmp_path)
     assert ", first order: as many steps | 0.8500 | 0.7000 | +0.15 ± 0.64 | 1.50 |" in steps
-    assert ", first order: as much time, 1.4 x the steps | 0.8500 | 0.8000 |" in time
-    assert time.endswith("| +0.0500 ± 0.0000 | 1.07 |")
+    assert ", first order: 1.4 x the steps | 0.8500 | 0.8000 |" in time
+    assert time.endswith("| +0.0500 ± 0.0000 |  |")
 
 
 def test_a_planner_that_misses_is_said_to():

@@ -1,5 +1,8 @@
 """The cost table: FLOPs counted by hand, errors of float32 gradients, Markdown."""
 
+import collections
+import itertools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -68,3 +71,30 @@ def test_flops_leave_out_what_no_output_needs():
         return jax.lax.scan(body, w, length=3)[0]
 
     assert cost.flops(jax.make_jaxpr(loop)(w)) == 3 * 2 * 4**3
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 10])
+def test_in_turns_everyone_follows_every_other_equally_often(count):
+    turns = count if count % 2 == 0 else 2 * count
+    after = collections.Counter()
+    for number in range(turns):
+        order = cost.turn(range(count), number)
+        assert sorted(order) == list(range(count))
+        after.update(itertools.pairwise(order))
+    expected = 1 if count % 2 == 0 else 2
+    pairs = itertools.permutations(range(count), 2)
+    assert after == dict.fromkeys(pairs, expected)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_programs_run_in_these_turns(count):
+    ran = []
+    programs = {
+        name: cost.Program(lambda meta, name=name: ran.append(name), 0, 0.0, 0.0, 0.0)
+        for name in range(count)
+    }
+    seconds, _ = cost.interleave(programs, dict.fromkeys(programs, (None,)), 4)
+    assert [len(values) for values in seconds.values()] == [4] * count
+    turns = [ran[count * number : count * (number + 1)] for number in range(5)]
+    assert turns == [cost.turn(range(count), number) for number in range(5)]
+    assert len({tuple(order) for order in turns}) > 1

@@ -182,7 +182,7 @@ def test_the_sinusoid_network_has_a_row_for_every_estimator_of_a_learned_start()
     exact = exact_reference(setting.problem, 1, setting.meta, setting.episode)
     assert gradient_error(found, exact) < 1e-5
     smooth = run(every["evolution, 16 pairs"])
-    # Thirty-two draws in 1761 directions: noise, but along the slope.
+    # Sixteen of 1761 directions: noise, but along the slope.
     product = sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(smooth), jax.tree.leaves(found),
                                                  strict=True))  # fmt: skip
     assert product > 0

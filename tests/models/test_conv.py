@@ -103,7 +103,7 @@ def test_network_equals_numpy(x64, filters):
     close(jax.jit(conv.apply)(params, x), expected @ head["kernel"] + head["bias"])
 
 
-def test_spellings_agree_inside_an_inner_loop(x64):
+def test_spellings_agree_inside_an_inner_loop(x64, monkeypatch):
     """The exact meta-gradient after one step on a small network, by either convolution."""
     params = conv.init(jax.random.key(5), classes=2, channels=2, filters=4, size=9, blocks=2)
     x = jax.random.normal(jax.random.key(6), (2, 6, 9, 9, 2))
@@ -123,6 +123,8 @@ def test_spellings_agree_inside_an_inner_loop(x64):
     native = by[conv.conv_native]
     close(by[conv.conv_as_matmul], native, 1e-9)
     close(by[None], by[conv.conv_as_matmul], 0)  # by default: this is a CPU
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert "conv_general_dilated" in str(jax.make_jaxpr(conv.features)(params, x[0]))
     h = 1e-5
     kernel = params["block0"]["kernel"]
     v = jnp.sin(jnp.arange(kernel.size, dtype=kernel.dtype)).reshape(kernel.shape)
