@@ -285,7 +285,8 @@ def test_the_hopeless_leave_a_race_early(monkeypatch):
     assert {name: len(seconds) for name, seconds in found.items()} == {
         "best": 5, "near": 5, "far": 2, "hopeless": 1,
     }  # fmt: skip
-    assert runs[4:8] == ["hopeless", "best", "near", "far"]  # in turns
+    assert runs[4:8] == ["hopeless", *racing.turn(["best", "near", "far"], 1)]  # in turns
+    assert runs[8:11] == racing.turn(["best", "near", "far"], 2)
     assert racing.fastest_of(found, {"best": 9, "near": 1, "far": 1, "hopeless": 1}) == "best"
     short = racing.race({"a": program("a", 0.001), "b": program("b", 0.0011)}, repeats=5)
     assert len(short["a"]) == len(short["b"]) == racing.LONGEST
