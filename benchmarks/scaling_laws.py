@@ -186,9 +186,9 @@ def measure(axis: Axis, sizes: Sequence[Size], repeats: int) -> Rows:
         if repeats:
             found["median seconds"] = cost.median(seconds[key])
         shared = {"method": name, "seed": 0, "axis": axis, "at": amount(axis, size, made)}
-        for metric, value in found.items():
-            rows.append(shared | {"metric": metric, "value": value})
-            bound = None if metric == "median seconds" else floor(name, metric, size, made)
+        rows += [shared | {"metric": metric, "value": value} for metric, value in found.items()]
+        for metric in ("temp_bytes", "flops"):
+            bound = floor(name, metric, size, made)
             if bound is not None:
                 rows.append(shared | {"metric": f"{metric}, floor", "value": bound})
     return rows
@@ -197,7 +197,7 @@ def measure(axis: Axis, sizes: Sequence[Size], repeats: int) -> Rows:
 def time_floors(rows: Rows) -> Rows:
     """The least time of every point that was timed: its FLOPs at the best rate of a large matmul.
 
-    The best of all axes: a machine that others use is at times half as fast as it can be.
+    The best of all axes: a machine that others use is at times a third as fast as it can be.
 
     Args:
         rows: of ``measure``, of any axes.

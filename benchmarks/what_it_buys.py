@@ -29,7 +29,7 @@ from jmeta.runtime import figures, report, statistics
 
 EXACT, FIRST = "exact", "first order"
 SHOTS = 10
-# A run, and the one in which first order trains for as long as exact MAML does in it.
+# A run, and one whose first order has about the time that exact MAML takes in it.
 TEXT_RUNS = {
     "fewshot_text-demo": "fewshot_text-demo-time",
     "fewshot_text-clinc150": "fewshot_text-clinc150-time",
