@@ -5,6 +5,7 @@ A ``Rewriting`` says what is written; a ``Relaxation`` says how scores become so
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jmeta.core.inner import keys
+from jmeta.core.tree import at_least_float32
 from jmeta.core.types import Array, Key, PyTree
 from jmeta.methods.mask_budget import within_budget
 
@@ -313,8 +315,44 @@ def gumbel_softmax(temperature: float = 1.0, *, hard: bool = False) -> Relaxatio
 
 
 def draw(scores: Array, key: Key) -> Array:
-    """One outcome for each place, int32 ``[...]``, from scores ``[..., outcomes]``."""
-    return jax.random.categorical(_required(key), scores, axis=-1).astype(jnp.int32)
+    r"""One outcome for each place, by two random numbers: which row of the outcomes, which of it.
+
+    .. math:: P(z) = P(\mathrm{row}) \, P(z \mid \mathrm{row}) = \mathrm{softmax}(s)_z
+
+    The outcomes are laid out as a square, and each stage inverts its cumulative distribution.
+    Noise on every score (``jax.random.categorical``) takes a random number and two logarithms for
+    every outcome: over a vocabulary that is more than the teacher's network costs.
+
+    Args:
+        scores: ``[..., outcomes]``.
+        key: a random key.
+
+    Returns:
+        int32 ``[...]``; never an outcome of probability zero.
+
+    Example:
+        >>> never = -jnp.inf
+        >>> draw(jnp.array([[0.0, never, never], [never, never, 1.0]]), jax.random.key(0)).tolist()
+        [0, 2]
+    """
+    p = jax.nn.softmax(scores.astype(at_least_float32(scores.dtype)), axis=-1)
+    outcomes = p.shape[-1]
+    side = math.isqrt(outcomes - 1) + 1
+    empty = [(0, 0)] * (p.ndim - 1) + [(0, side * side - outcomes)]
+    square = jnp.pad(p, empty).reshape(*p.shape[:-1], side, side)
+    first, second = jax.random.uniform(_required(key), (2, *p.shape[:-1]), p.dtype)
+    row = _inverted(square.sum(-1), first)
+    within = jnp.take_along_axis(square, row[..., None, None], axis=-2).squeeze(-2)
+    return row * side + _inverted(within, second)
+
+
+def _inverted(weights: Array, u: Array) -> Array:
+    """The entry, int32 ``[...]``, of weights ``[..., n]`` in which the share ``u`` of them ends."""
+    start = jnp.zeros(u.shape, weights.dtype)
+    # One after the other, so that an entry of zero adds exactly nothing.
+    add = lambda total, weight: (total + weight,) * 2  # noqa: E731
+    total, sums = jax.lax.scan(add, start, jnp.moveaxis(weights, -1, 0))
+    return (sums <= (u * total)[None]).sum(0, dtype=jnp.int32)
 
 
 def of_heads(relax: Relaxation, scores: Outcomes, key: Key) -> Outcomes:
@@ -343,8 +381,7 @@ def log_probability(
     axes = tuple(range(1, counts.ndim))
     total = jnp.zeros(counts.shape[0], counts.dtype)
     for name, each in scores.items():
-        log_p = jax.nn.log_softmax(each, axis=-1)
-        picked = jnp.take_along_axis(log_p, drawn[name][..., None], axis=-1)[..., 0]
+        picked = at_outcomes(each, drawn[name]) - jax.nn.logsumexp(each, axis=-1)
         # where: what is not the teacher's to write may have probability zero.
         picked = jnp.where(counts != 0, picked * counts.astype(picked.dtype), 0)
         total = total + picked.sum(axes).astype(total.dtype)
@@ -352,6 +389,16 @@ def log_probability(
         return total
     size = counts.sum(axes) * len(scores)
     return total / jnp.where(size == 0, 1, size)
+
+
+def at_outcomes(scores: Array, outcomes: Array) -> Array:
+    """The entries ``[...]`` of scores ``[..., outcomes]`` at outcomes, int ``[...]``.
+
+    A sum over a one-hot, not a gather: its transpose is no scatter.
+    """
+    each = jnp.arange(scores.shape[-1], dtype=outcomes.dtype)
+    chosen = outcomes[..., None] == each.reshape((1,) * outcomes.ndim + (-1,))
+    return jnp.where(chosen, scores, 0).sum(-1)
 
 
 def _only(scores: Any, *names: str) -> Outcomes:

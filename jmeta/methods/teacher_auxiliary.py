@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jmeta.core.types import Array, Episode, Key, PyTree, Steps
-from jmeta.methods.rewriting import Batch, Network
+from jmeta.methods.rewriting import Batch, Network, at_outcomes
 from jmeta.methods.teacher import Auxiliary
 
 Supervised = Callable[[PyTree, Batch, Key], tuple[Array, PyTree]]
@@ -105,8 +105,7 @@ def mlm_auxiliary(supervised: Supervised) -> Auxiliary:
 
 
 def _mean_loss(scores: Array, labels: Array, weights: Array) -> Array:
-    picked = jnp.take_along_axis(scores, labels[..., None], axis=-1)[..., 0]
-    losses = jax.nn.logsumexp(scores, axis=-1) - picked
+    losses = jax.nn.logsumexp(scores, axis=-1) - at_outcomes(scores, labels)
     counts = weights.astype(losses.dtype)
     total = counts.sum()
     return jnp.where(counts != 0, losses * counts, 0).sum() / jnp.where(total == 0, 1, total)

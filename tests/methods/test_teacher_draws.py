@@ -1,5 +1,7 @@
 """What hard teachers draw: each step's coefficients, real draws, masks and auxiliary losses."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +29,9 @@ from teacher_world import (
 )
 
 from jmeta import Episode, Steps, methods, optim
+from jmeta.core.tree import at_least_float32
 from jmeta.methods import hard_teacher
+from jmeta.methods.rewriting import draw, log_probability
 from jmeta.testing import central_differences, relative_error
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -92,6 +96,63 @@ def test_exact_coefficient_of_each_of_two_steps_is_the_slope_of_its_weight(optim
 
 RATE = 3.0  # of a student whose loss depends on what it was taught
 DRAWS = 40_000
+
+
+@pytest.mark.parametrize("outcomes", [1, 2, 5, 9, 10, 30])
+def test_draws_have_the_probabilities_of_their_scores(outcomes):
+    """Pearson's statistic of 20,000 draws is what one expects of so many classes."""
+    scores = 2 * jax.random.normal(jax.random.key(outcomes), (outcomes,))
+    places = jnp.broadcast_to(scores, (20_000, outcomes))
+    drawn = jax.jit(draw)(places, jax.random.key(5))
+    assert drawn.dtype == jnp.int32
+    assert drawn.shape == (20_000,)
+    found = np.bincount(drawn, minlength=outcomes)
+    wanted = 20_000 * np.asarray(jax.nn.softmax(scores))
+    assert found.size == outcomes
+    statistic = ((found - wanted) ** 2 / wanted).sum()
+    assert statistic < outcomes - 1 + 4 * np.sqrt(2 * (outcomes - 1)) + 1e-9
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_draws_are_never_outcomes_of_probability_zero(dtype, monkeypatch):
+    """Not even by the least and the largest random number that there is."""
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(400, 23)) * rng.choice([1, 30], size=(400, 1))
+    scores[rng.random(scores.shape) < 0.6] = -1e30
+    scores[:, 22] = np.where((scores[:, :22] < -1e29).all(1), 0, -np.inf)
+    scores = jnp.asarray(scores, dtype)
+    wide = np.asarray(jax.nn.softmax(scores.astype(at_least_float32(scores.dtype))))
+    uniform = jax.random.uniform
+    edges = {
+        "random": uniform,
+        "least": lambda key, shape, dtype: jnp.zeros(shape, dtype),
+        "largest": lambda key, shape, dtype: jnp.full(shape, 1 - jnp.finfo(dtype).eps, dtype),
+    }
+    for edge in edges.values():
+        monkeypatch.setattr(jax.random, "uniform", edge)
+        drawn = np.asarray(draw(scores, jax.random.key(1)))
+        assert (wide[np.arange(400), drawn] > 0).all()
+
+
+def test_a_draw_takes_two_random_numbers_whatever_the_vocabulary():
+    def bits(outcomes):
+        program = jax.make_jaxpr(draw)(jnp.zeros((3, 7, outcomes)), jax.random.key(0))
+        shapes = re.findall(r":(?:u32|u64)\[([\d,]*)\] = random_bits", str(program))
+        return [np.prod([int(n) for n in shape.split(",")]) for shape in shapes]
+
+    assert bits(50) == bits(5000) == [2 * 3 * 7]
+
+
+def test_the_gradient_of_a_log_probability_scatters_nothing():
+    scores = {"inputs": jnp.ones((2, 3, 5))}
+    drawn, counts = {"inputs": jnp.ones((2, 3), int)}, jnp.ones((2, 3))
+
+    def total(scores):
+        return log_probability(scores, drawn, counts).sum()
+
+    assert "scatter" not in str(jax.make_jaxpr(jax.grad(total))(scores))
+    one = jax.nn.one_hot(1, 5) - 0.2
+    np.testing.assert_allclose(jax.grad(total)(scores)["inputs"], jnp.tile(one, (2, 3, 1)))
 
 
 def test_real_draws_have_the_enumerated_gradient_as_their_mean():
