@@ -5,6 +5,7 @@ Every batch is a function of (seed, chunk), where a chunk is the outer steps of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ from jmeta.tasks.two_moons import (
 )
 
 Batch = dict[str, Any]
+Corrupt = Callable[[np.ndarray, np.random.Generator, Unified], Batch]
 POSITIONS = 34  # [CLSk], sixteen points, [SEP]
 SHORT = 4  # [CLS2] x y [SEP]
 # Streams of the generator; the order of the sequences has one of its own.
@@ -120,17 +122,17 @@ def label_tokens(data: Data) -> tuple[int, int]:
     return data.words.sep, data.words.cls[WHICH_MOON.number]
 
 
-def corrupted(data: Data, seed: int, chunk: int, shape: tuple[int, ...]) -> Batch:
-    """A chunk of masked language modelling: sequences in shuffled epochs, ``[*shape, 34]``."""
+def corrupted(
+    data: Data, seed: int, chunk: int, shape: tuple[int, ...], corrupt: Corrupt = masked_lm
+) -> Batch:
+    """A chunk of corrupted sequences, in shuffled epochs: ``masked_lm`` or ``denoising``.
+
+    Leaves are ``[*shape, 34]``.
+    """
     size = int(np.prod(shape))
     rows = shuffled(len(data.train), size)(seed, chunk)
     tokens = data.train[rows].reshape(*shape, POSITIONS)
-    return masked_lm(tokens, task_generator(seed, chunk, 0, _CORRUPTION), data.words)
-
-
-def mlm_chunk(data: Data, seed: int, chunk: int, shape: tuple[int, int, int]) -> Episode:
-    """Episodes of masked language modelling, ``[steps, micro-batches, examples, 34]``."""
-    return Episode(None, corrupted(data, seed, chunk, shape))
+    return corrupt(tokens, task_generator(seed, chunk, 0, _CORRUPTION), data.words)
 
 
 def teacher_chunk(

@@ -20,9 +20,11 @@ from jmeta import methods
 from jmeta.core.types import Array, Episode, Key, MetaGradient, PyTree
 from jmeta.models import masked_lm, teacher_lm
 from jmeta.models.transformer import TransformerConfig
+from jmeta.tasks import corruption
 
-MLM = "mlm"
-METHODS = (MLM, "input-only soft", *MASKS, "soft", "hard", "input-only hard")
+MLM, DENOISING = "mlm", "denoising"
+CORRUPTIONS = {MLM: corruption.masked_lm, DENOISING: corruption.denoising}  # without a teacher
+METHODS = (*CORRUPTIONS, "input-only soft", *MASKS, "soft", "hard", "input-only hard")
 NONE = "no pre-training"
 
 
@@ -31,11 +33,12 @@ class Method(NamedTuple):
 
     Attributes:
         mg: its meta-gradient, of one seed.
-        start: ``key -> meta``: for MLM the student, else the teacher.
+        start: ``key -> meta``: the teacher, or without one the student.
         chunk: ``(seed, chunk) -> episodes [steps, ...]`` of a chunk's outer steps.
         student: ``(meta, estimator's state) -> the student's parameters``.
         monitor: ``(meta, unlabelled batch) -> scalars``.
-        panel: ``(meta, unlabelled batch, key) -> what the teacher writes for it``; None: MLM.
+        panel: ``(meta, unlabelled batch, key) -> what the teacher writes for it``; None: there is
+            no teacher.
     """
 
     mg: MetaGradient
@@ -58,8 +61,8 @@ def build(config: Any, data: Data, name: str) -> Method:
     """A method by its name."""
     shape = network(config, data)
     loss = functools.partial(masked_lm.loss, shape)
-    if name == MLM:
-        return _mlm(config, data, shape, loss)
+    if name in CORRUPTIONS:
+        return _corrupted(config, data, shape, loss, CORRUPTIONS[name])
     return _teacher(config, data, name, shape, loss)
 
 
@@ -67,12 +70,14 @@ def _batch_shape(config: Any) -> tuple[int, int, int]:
     return config.chunk, config.micro_batches, config.batch
 
 
-def _mlm(config: Any, data: Data, shape: TransformerConfig, loss: Any) -> Method:
+def _corrupted(
+    config: Any, data: Data, shape: TransformerConfig, loss: Any, corrupt: data_of.Corrupt
+) -> Method:
     size = _batch_shape(config)
     return Method(
         jmeta.over_tasks(methods.plain_gradient(loss)),
         functools.partial(masked_lm.init, shape),
-        lambda seed, chunk: data_of.mlm_chunk(data, seed, chunk, size),
+        lambda seed, chunk: Episode(None, data_of.corrupted(data, seed, chunk, size, corrupt)),
         lambda meta, state: meta,
         lambda meta, batch: {},
         None,

@@ -23,7 +23,7 @@ from experiments import _two_moons_methods as methods_of
 from experiments import _two_moons_report as page
 from experiments._shared import command_line, record, require_positive
 from experiments._teacher_shared import HARD, named
-from experiments._two_moons_methods import METHODS, MLM, NONE
+from experiments._two_moons_methods import CORRUPTIONS, METHODS, MLM, NONE
 from experiments._two_moons_training import Diverged, Pretrained, pretrain
 from experiments._two_moons_tuning import Tuned, fine_tune, fine_tuner
 from jmeta import methods
@@ -128,7 +128,7 @@ class Config(configuration.RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "methods", named("methods", self.methods, METHODS))
-        teachers = tuple(name for name in METHODS if name != MLM)
+        teachers = tuple(name for name in METHODS if name not in CORRUPTIONS)
         object.__setattr__(self, "mlm_task", named("mlm_task", self.mlm_task, teachers))
         if not self.methods:
             raise ValueError(f"no methods: choose of {', '.join(METHODS)}")
@@ -203,7 +203,7 @@ PRESETS = {
 
 def check(config: Config, data: data_of.Data, name: str, method: methods_of.Method) -> None:
     """Look at a method's first batch before anything is compiled."""
-    if name != MLM:
+    if name not in CORRUPTIONS:
         first = jax.tree.map(lambda leaf: leaf[0], method.chunk(config.first_seed, 0))
         methods.check_teacher(first, vocabulary=data.words.size, positions=data_of.POSITIONS)
 

@@ -17,7 +17,7 @@ from experiments import _two_moons_report as page
 from experiments import two_moons
 from experiments._shared import command_line, record, write_metrics
 from experiments._teacher_shared import named
-from experiments._two_moons_methods import MLM
+from experiments._two_moons_methods import DENOISING, MLM
 from jmeta.runtime import config as configuration
 from jmeta.runtime import distributed, figures, report
 from jmeta.runtime.statistics import summarise
@@ -43,6 +43,10 @@ class Variant(NamedTuple):
 
 VARIANTS: dict[str, Variant] = {
     MLM: Variant(MLM, {}),
+    DENOISING: Variant(
+        DENOISING, {}, remark="no teacher, MLM's corruption, and every token is asked for, as of "
+        "students of teachers, not the hidden ones alone",
+    ),
     BASE: Variant("soft", {}),
     "mask bug": Variant("soft", {"mask_bug": True}),
     "MLM no task": Variant("soft", {"mlm_task": ()}),

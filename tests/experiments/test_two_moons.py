@@ -43,7 +43,7 @@ def run(tmp_path_factory):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"methods": ("mlm,soap",)}, r"methods soap: choose of mlm, input-only soft"),
+        ({"methods": ("mlm,soap",)}, r"methods soap: choose of mlm, denoising, input-only soft"),
         ({"methods": ()}, "no methods"),
         ({"label_counts": (10, 1)}, "1 labelled points cannot hold one of each moon"),
         ({"teacher_labels": 0}, "0 labelled points cannot"),
@@ -379,12 +379,29 @@ def test_a_killed_method_with_state_goes_on_bit_for_bit(data, tmp_path, monkeypa
     assert training.pretrain(resume, data, "input-only hard", method, whole).panel == resumed.panel
 
 
+def test_denoising_reads_what_masked_language_modelling_reads_and_asks_for_all_of_it(data):
+    smoke = two_moons.PRESETS["smoke"]
+    mlm, all_of_it = (
+        methods_of.build(smoke, data, name).chunk(1, 3).query for name in ("mlm", "denoising")
+    )
+    np.testing.assert_array_equal(mlm["tokens"], all_of_it["tokens"])
+    hidden = mlm["weights"] == 1
+    np.testing.assert_array_equal(mlm["labels"][hidden], all_of_it["labels"][hidden])
+    kept = ~hidden
+    np.testing.assert_array_equal(all_of_it["tokens"][kept], all_of_it["labels"][kept])
+    assert 0 < hidden.mean() < 0.3
+    assert (all_of_it["weights"] == 1).all()
+
+
 def test_both_heads_of_a_teacher_are_watched_whatever_it_writes(data):
     smoke = two_moons.PRESETS["smoke"]
     read = data_of.unlabelled(data.held_out, data.words)
     read = {k: jnp.asarray(read[k][:3]) for k in ("tokens", "mask", "ordinary")}
-    for name in methods_of.METHODS[1:]:
+    for name in methods_of.METHODS:
         method = methods_of.build(smoke, data, name)
+        if name in methods_of.CORRUPTIONS:
+            assert method.panel is None
+            continue
         meta = jax.eval_shape(method.start, jax.random.key(0))
         watched = jax.eval_shape(method.monitor, meta, read)
         heads = {key.partition("_")[0] for key in watched}
@@ -498,7 +515,7 @@ def test_every_method_runs_and_seeds_are_what_each_is_alone(tmp_path):
     assert {row["method"] for row in accuracy} == {
         *methods_of.METHODS, methods_of.NONE, page.NEIGHBOUR, page.MAJORITY,
     }  # fmt: skip
-    teachers = [name for name in methods_of.METHODS if name != "mlm"]
+    teachers = [name for name in methods_of.METHODS if name not in methods_of.CORRUPTIONS]
     for name in teachers:
         file = both / "methods" / f"{name.replace(' ', '-')}.json"
         [*_, last] = json.loads(file.read_text())["history"]
