@@ -127,7 +127,7 @@ def draw(
         made.append(
             (
                 "Masked tokens that the students find again, on validation sequences, while they "
-                "are pre-trained; only MLM is trained to do so.",
+                "are pre-trained; without a teacher they are trained to do so.",
                 figures.learning_curves(
                     config.out / "mlm",
                     {name: against_samples(history, names) for name, history in trained.items()},
