@@ -23,9 +23,11 @@ from jmeta.tasks.tokenizer import Unified
 Batch: TypeAlias = dict[str, Any]
 
 MASKS = ("mask-only", "mask-budget")  # what chooses positions, and what chooses them alone
-SOFT = ("soft", "input-only soft", *MASKS)
+REPLACEMENTS = "replacements"  # what writes other tokens for some, which alone are asked for
+DRAWN = (*MASKS, REPLACEMENTS)  # what is differentiated as soft, and drawn
+SOFT = ("soft", "input-only soft", *DRAWN)
 HARD = ("hard", "input-only hard")
-MASKED = 0.15  # the share of positions that MLM masks, and that mask teachers start from
+MASKED = 0.15  # the share of positions that MLM masks, and that mask teachers start from or keep
 
 
 def named(setting: str, asked: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
@@ -79,21 +81,24 @@ def rewriting(
 
 
 def kind_of(name: str) -> Callable[[Any], methods.Rewriting]:
-    """Whether a method's teacher writes inputs alone, or labels too."""
+    """Whether a method's teacher writes inputs alone, or some of them, or labels too."""
+    if name == REPLACEMENTS:
+        return functools.partial(methods.replacements, share=MASKED)
     return methods.inputs_only if name.startswith("input-only") else methods.inputs_and_labels
 
 
 def soft_weight(config: Any, name: str) -> float:
     """The weight of a method's meta-gradient; of masks there is no other loss, so any will do."""
-    return config.input_weight if name == "input-only soft" else config.soft_weight
+    return config.input_weight if name in ("input-only soft", REPLACEMENTS) else config.soft_weight
 
 
 def relaxation(name: str) -> Relaxation:
-    """How a soft teacher writes: distributions, but masks drawn, with the gradient put through.
+    """How a soft teacher writes: distributions, or draws, with the gradient put through.
 
-    The mean of a token and [MASK] shows the student the token: it would learn to copy.
+    The mean of a token and [MASK], or another token, shows the student the token: it would learn to
+    copy.
     """
-    return methods.straight_through if name in MASKS else methods.expected
+    return methods.straight_through if name in DRAWN else methods.expected
 
 
 def monitor(
@@ -102,9 +107,9 @@ def monitor(
     """``(meta, unlabelled batch) -> scalars`` that tell whether a method's teacher has collapsed.
 
     Of a teacher with two heads both are looked at, though it may write inputs alone: its own MLM
-    losses train the other.
+    losses train the other. Of one that replaces some tokens the other is not.
     """
-    shown, _ = rewriting(name if name in MASKS else "soft", words, shape)
+    shown, _ = rewriting(name if name in DRAWN else "soft", words, shape)
 
     def look(meta: PyTree, batch: Batch) -> dict[str, Array]:
         return methods.monitors(
@@ -117,7 +122,7 @@ def monitor(
 
 def panel(name: str, shown: methods.Rewriting) -> Callable[[PyTree, Batch, Key], Batch]:
     """``(meta, unlabelled batch, key) -> what the teacher makes of it``."""
-    relax = expected if name in SOFT and name not in MASKS else draw
+    relax = expected if name in SOFT and name not in DRAWN else draw
 
     def write(meta: PyTree, batch: Batch, key: Key) -> Batch:
         return shown.write(of_heads(relax, shown.scores(meta, batch, None), key), batch)

@@ -14,7 +14,7 @@ import jax
 import jmeta
 from experiments import _teacher_shared as shared
 from experiments import _two_moons_data as data_of
-from experiments._teacher_shared import MASKS, SOFT
+from experiments._teacher_shared import MASKS, REPLACEMENTS, SOFT
 from experiments._two_moons_data import Batch, Data
 from jmeta import methods
 from jmeta.core.types import Array, Episode, Key, MetaGradient, PyTree
@@ -22,10 +22,19 @@ from jmeta.models import masked_lm, teacher_lm
 from jmeta.models.transformer import TransformerConfig
 from jmeta.tasks import corruption
 
-MLM, DENOISING = "mlm", "denoising"
-CORRUPTIONS = {MLM: corruption.masked_lm, DENOISING: corruption.denoising}  # without a teacher
-METHODS = (*CORRUPTIONS, "input-only soft", *MASKS, "soft", "hard", "input-only hard")
+MLM, DENOISING, RANDOM = "mlm", "denoising", "random tokens"
+CORRUPTIONS = {  # without a teacher
+    MLM: corruption.masked_lm,
+    DENOISING: corruption.denoising,
+    RANDOM: functools.partial(corruption.masked_lm, keep=0, random=1),
+}
+METHODS = (
+    *CORRUPTIONS, "input-only soft", *MASKS, REPLACEMENTS, "soft", "hard", "input-only hard"
+)  # fmt: skip
 NONE = "no pre-training"
+# What a teacher reads of unlabelled text beside its tokens: where it may write, what it learns MLM
+# from.
+_KEPT = {name: ("ordinary",) for name in MASKS} | {REPLACEMENTS: ("ordinary", "masked")}
 
 
 class Method(NamedTuple):
@@ -115,7 +124,7 @@ def _teacher(config: Any, data: Data, name: str, shape: TransformerConfig, loss:
 
     options_of_chunk: dict[str, Any] = {
         "inner_steps": config.inner_steps,
-        "keep": ("ordinary",) if name in MASKS else ("masked",),
+        "keep": _KEPT.get(name, ("masked",)),
         "mlm_task": name in config.mlm_task,
         "mask_bug": config.mask_bug and name in config.mlm_task,
         "among_classes": config.among_classes,

@@ -97,7 +97,7 @@ class Config(configuration.RunConfig):
     soft_weight: float = 100.0
     """Weight of the soft teacher's meta-gradient beside its own MLM losses."""
     input_weight: float = 1.0
-    """The same of the input-only soft teacher."""
+    """The same of the input-only soft teacher, and of the one that replaces tokens."""
     soft_gradient: Literal["exact", "first_order"] = "exact"
     """Meta-gradient of soft teachers: through the student's Hessians, or without."""
     hard_weight: float = 100.0

@@ -16,13 +16,14 @@ from experiments import _two_moons_data as data_of
 from experiments import _two_moons_report as page
 from experiments import two_moons
 from experiments._shared import command_line, record, write_metrics
-from experiments._teacher_shared import named
-from experiments._two_moons_methods import DENOISING, MLM
+from experiments._teacher_shared import REPLACEMENTS, named
+from experiments._two_moons_methods import DENOISING, MLM, RANDOM
 from jmeta.runtime import config as configuration
 from jmeta.runtime import distributed, figures, report
 from jmeta.runtime.statistics import summarise
 
 BASE, HARD, BUDGET = "soft", "hard", "mask-budget"
+JUDGE: dict[str, Any] = {"among_classes": True, "support_steps": 10}  # nearer to fine-tuning
 
 
 class Variant(NamedTuple):
@@ -46,6 +47,10 @@ VARIANTS: dict[str, Variant] = {
     DENOISING: Variant(
         DENOISING, {}, remark="no teacher, MLM's corruption, and every token is asked for, as of "
         "students of teachers, not the hidden ones alone",
+    ),
+    RANDOM: Variant(
+        RANDOM, {}, remark="no teacher, MLM with a random token wherever it has [MASK] or leaves a "
+        "token as it is",
     ),
     BASE: Variant("soft", {}),
     "mask bug": Variant("soft", {"mask_bug": True}),
@@ -76,8 +81,7 @@ VARIANTS: dict[str, Variant] = {
     "among classes": Variant("mask-budget", {"among_classes": True}, BUDGET),
     "ten support steps": Variant("mask-budget", {"support_steps": 10}, BUDGET),
     "both": Variant(
-        "mask-budget", {"among_classes": True, "support_steps": 10}, BUDGET,
-        "scored among classes after ten support steps",
+        "mask-budget", JUDGE, BUDGET, "scored among classes after ten support steps"
     ),
     "forty labels": Variant(
         "mask-budget",
@@ -85,6 +89,15 @@ VARIANTS: dict[str, Variant] = {
          "labelled_batch": 20},
         BUDGET, "its teacher sees forty labelled points, students of ten are not given the other "
         "thirty; twenty are for a hundred support steps at 0.01, and it is scored among classes",
+    ),
+    REPLACEMENTS: Variant(REPLACEMENTS, {}),
+    "replacements led": Variant(
+        REPLACEMENTS, {"input_weight": 100.0}, REPLACEMENTS,
+        "its meta-gradient weighs a hundred times as much, and leads its own MLM losses",
+    ),
+    "replacements both": Variant(
+        REPLACEMENTS, {"input_weight": 100.0, **JUDGE}, REPLACEMENTS,
+        "the same, scored among classes after ten support steps",
     ),
 }  # fmt: skip
 # What the last evaluation of pre-training says of student and teacher.
@@ -188,7 +201,7 @@ def write(config: Config, lost: Sequence[str] = ()) -> None:
     rows = [row for name, each in found.items() for row in rows_of(name, each, seeds)]
     summary: list[dict[str, Any]] = []
     pictures: list[tuple[str, tuple[Path, Path]]] = []
-    for base in (BASE, HARD, BUDGET):
+    for base in (BASE, HARD, BUDGET, REPLACEMENTS):
         mine = [name for name in found if VARIANTS[name].against == base]
         if base != BASE:
             mine = [base, *mine] if base in found and mine else mine

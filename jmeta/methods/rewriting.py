@@ -157,6 +157,67 @@ def masks_only(teacher: Network, mask_token: int, *, share: float | None = None)
     return Rewriting(scores, write, counts)
 
 
+def replacements(teacher: Network, *, share: float | None = None) -> Rewriting:
+    r"""The teacher writes other tokens in place of some; the student finds those again.
+
+    As ``inputs_only``, but a label counts only where the teacher changed the token:
+
+    .. math:: w_i = 1 - z_{i, x_i}
+
+    for what is written, :math:`z_i`. A student that is asked for every token learns to copy the
+    nine of ten that stand as they were; so it does from a mean, which shows the token:
+    ``soft_teacher(relax=straight_through)`` draws what is written.
+
+    Args:
+        teacher: as ``inputs_and_labels`` takes it; ``labels`` may be missing, and are not used.
+        share: the mean probability of a change over the positions of each example, which leaves
+            the teacher to choose where, and what for (``within_budget``); None: it chooses how
+            many, too.
+
+    Returns:
+        A ``Rewriting``. Where the batch has ``ordinary`` ``[examples, time]``, only its positions
+        can be changed: of others the distribution is the token itself.
+
+    Raises:
+        ValueError: when traced, if ``share`` is not between 0 and 1.
+
+    Example:
+        >>> batch = {"tokens": jnp.array([[1, 2]]), "mask": jnp.array([[1.0, 1.0]])}
+        >>> teacher = replacements(lambda meta, batch, key: {"inputs": meta})
+        >>> pseudo = teacher.write({"inputs": jnp.array([[0, 2]])}, batch)
+        >>> pseudo["tokens"].tolist(), pseudo["labels"].tolist(), pseudo["weights"].tolist()
+        ([[0, 2]], [[1, 2]], [[1.0, 0.0]])
+
+    Source: the generator of Clark et al., "ELECTRA" (2020), whose student here restores tokens.
+    """
+
+    def scores(meta: PyTree, batch: Batch, key: Key) -> Outcomes:
+        found = _only(teacher(meta, batch, key), "inputs")["inputs"]
+        stays = _chosen(batch["tokens"], found.shape[-1])
+        if share is not None:
+            kept = at_outcomes(found, batch["tokens"])
+            others = jax.nn.logsumexp(jnp.where(stays, _NEVER, found), axis=-1)
+            shifted = within_budget(others - kept, counts(batch), share)
+            found = jnp.where(stays, (others - shifted)[..., None], found)
+        fixed = jnp.where(stays, 0, _NEVER).astype(found.dtype)
+        return {"inputs": jnp.where(counts(batch)[..., None] != 0, found, fixed)}
+
+    def write(made: Outcomes, batch: Batch) -> Batch:
+        written, tokens, may = made["inputs"], batch["tokens"], counts(batch)
+        if jnp.issubdtype(written.dtype, jnp.integer):
+            changed = (written != tokens).astype(may.dtype)
+        else:
+            # Not one less what stays: of a draw that leaves the token this is exactly zero.
+            changed = jnp.where(_chosen(tokens, written.shape[-1]), 0, written).sum(-1)
+        weights = changed * may.astype(changed.dtype)
+        return {"tokens": written, "mask": batch["mask"], "labels": tokens, "weights": weights}
+
+    def counts(batch: Batch) -> Array:
+        return batch.get("ordinary", batch["mask"])
+
+    return Rewriting(scores, write, counts)
+
+
 def class_labels(teacher: Network) -> Rewriting:
     """The teacher labels an example with one class; the example stays as it is.
 
@@ -396,9 +457,13 @@ def at_outcomes(scores: Array, outcomes: Array) -> Array:
 
     A sum over a one-hot, not a gather: its transpose is no scatter.
     """
-    each = jnp.arange(scores.shape[-1], dtype=outcomes.dtype)
-    chosen = outcomes[..., None] == each.reshape((1,) * outcomes.ndim + (-1,))
-    return jnp.where(chosen, scores, 0).sum(-1)
+    return jnp.where(_chosen(outcomes, scores.shape[-1]), scores, 0).sum(-1)
+
+
+def _chosen(outcomes: Array, size: int) -> Array:
+    """One-hot, bool ``[..., size]``, of outcomes, int ``[...]``."""
+    each = jnp.arange(size, dtype=outcomes.dtype)
+    return outcomes[..., None] == each.reshape((1,) * outcomes.ndim + (-1,))
 
 
 def _only(scores: Any, *names: str) -> Outcomes:
