@@ -43,7 +43,10 @@ def run(tmp_path_factory):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"methods": ("mlm,soap",)}, r"methods soap: choose of mlm, denoising, input-only soft"),
+        (
+            {"methods": ("mlm,soap",)},
+            r"methods soap: choose of mlm, denoising, random",
+        ),
         ({"methods": ()}, "no methods"),
         ({"label_counts": (10, 1)}, "1 labelled points cannot hold one of each moon"),
         ({"teacher_labels": 0}, "0 labelled points cannot"),
@@ -393,6 +396,31 @@ def test_denoising_reads_what_masked_language_modelling_reads_and_asks_for_all_o
     assert (all_of_it["weights"] == 1).all()
 
 
+def test_random_tokens_stand_where_masks_would(data):
+    smoke = two_moons.PRESETS["smoke"]
+    batch = methods_of.build(smoke, data, "random tokens").chunk(1, 3).query
+    hidden = batch["weights"] == 1
+    original = np.where(hidden, batch["labels"], batch["tokens"])
+    assert not (batch["tokens"] == data.words.mask).any()
+    # A draw of 288 words or [SEP] is the token itself once in 289.
+    assert (batch["tokens"] != original)[hidden].mean() > 0.9
+    np.testing.assert_array_equal(batch["tokens"][~hidden], original[~hidden])
+    assert 0 < hidden.mean() < 0.3
+
+
+def test_a_teacher_of_replacements_reads_where_it_may_write_and_what_it_learns_mlm_from(data):
+    smoke = two_moons.PRESETS["smoke"]
+    method = methods_of.build(smoke, data, shared.REPLACEMENTS)
+    episodes = method.chunk(0, 0)
+    assert set(episodes.support) == {"tokens", "mask", "ordinary", "masked"}
+    read = jax.tree.map(lambda leaf: leaf[0, 0], episodes.support)
+    pseudo = method.panel(method.start(jax.random.key(0)), read, jax.random.key(1))
+    written, weights = np.asarray(pseudo["tokens"]), np.asarray(pseudo["weights"])
+    np.testing.assert_array_equal(weights == 1, written != read["tokens"])
+    assert (weights[read["ordinary"] == 0] == 0).all()
+    assert 0 < weights.mean() < 0.4
+
+
 def test_both_heads_of_a_teacher_are_watched_whatever_it_writes(data):
     smoke = two_moons.PRESETS["smoke"]
     read = data_of.unlabelled(data.held_out, data.words)
@@ -405,7 +433,9 @@ def test_both_heads_of_a_teacher_are_watched_whatever_it_writes(data):
         meta = jax.eval_shape(method.start, jax.random.key(0))
         watched = jax.eval_shape(method.monitor, meta, read)
         heads = {key.partition("_")[0] for key in watched}
-        assert heads == ({"masked", "mask"} if name in shared.MASKS else {"inputs", "labels"})
+        assert heads == {shared.REPLACEMENTS: {"inputs"}}.get(
+            name, {"masked", "mask"} if name in shared.MASKS else {"inputs", "labels"}
+        )
     # By hand: no padding in a sequence, and [PAD] is never written.
     shape = methods_of.network(smoke, data)
 
@@ -438,7 +468,7 @@ def test_settings_reach_the_estimator(data, monkeypatch):
     weights = {"soft_weight": 3.0, "input_weight": 5.0, "hard_weight": 7.0}
     for name, weight in (
         ("soft", 3.0), ("input-only soft", 5.0), ("mask-only", 3.0), ("mask-budget", 3.0),
-        ("hard", 7.0), ("input-only hard", 7.0),
+        (shared.REPLACEMENTS, 5.0), ("hard", 7.0), ("input-only hard", 7.0),
     ):  # fmt: skip
         estimator, student, given = built(name, inner_rate=0.25, support_steps=4, **weights)
         assert estimator == ("hard_teacher" if name in shared.HARD else "soft_teacher")
@@ -519,7 +549,7 @@ def test_every_method_runs_and_seeds_are_what_each_is_alone(tmp_path):
     for name in teachers:
         file = both / "methods" / f"{name.replace(' ', '-')}.json"
         [*_, last] = json.loads(file.read_text())["history"]
-        shown = "mask_rate" if name == "mask-only" else "inputs_entropy"
+        shown = "mask_rate" if name in shared.MASKS else "inputs_entropy"
         assert np.isfinite([last[f"{shown}_seed{seed}"] for seed in (0, 1)]).all()
     two_moons.main([*SMOKE, "--seeds", "1", "--first-seed", "1", "--methods", "mlm",
                     "input-only soft", "--out", str(alone)])  # fmt: skip
