@@ -22,7 +22,7 @@ from jmeta.data.sources import DataUnavailable, from_datasets
 from jmeta.files import cache_dir
 from jmeta.tasks import feeding, mlm, superglue
 from jmeta.tasks.corpora import name_pattern, stdlib_modules
-from jmeta.tasks.corruption import unlabelled
+from jmeta.tasks.corruption import Objective, masked_lm, unlabelled
 from jmeta.tasks.episodes import task_generator
 from jmeta.tasks.scores import Score, accuracy
 from jmeta.tasks.text import Encoded, Example, TextTask, encode
@@ -283,13 +283,15 @@ def _most_mentioned(passage: str) -> str:
     return max(names, key=names.count) if names else ""
 
 
-def text_sample(config: Any, data: Data, *lead: int) -> Callable[[int, int], Batch]:
+def text_sample(
+    config: Any, data: Data, *lead: int, objective: Objective = masked_lm
+) -> Callable[[int, int], Batch]:
     """``(seed, step) -> `` corrupted windows ``[*lead, batch, positions]``, texts of a batch apart.
 
     Raises:
         ValueError: the corpus has fewer texts than a batch.
     """
-    source = mlm.masked(data.corpus, data.words, config.positions)
+    source = mlm.masked(data.corpus, data.words, config.positions, objective=objective)
     if source.examples < config.batch:
         raise ValueError(
             f"the corpus has {source.examples} texts, fewer than a batch of {config.batch}"
@@ -304,9 +306,9 @@ def text_sample(config: Any, data: Data, *lead: int) -> Callable[[int, int], Bat
     return sample
 
 
-def mlm_sample(config: Any, data: Data) -> Sample:
-    """Episodes of masked language modelling: the texts of a student's step, in one batch."""
-    sample = text_sample(config, data, config.micro_batches)
+def corrupted_sample(config: Any, data: Data, objective: Objective) -> Sample:
+    """Episodes without a teacher: the corrupted texts of a student's step, in one batch."""
+    sample = text_sample(config, data, config.micro_batches, objective=objective)
 
     def episode(seed: int, step: int) -> Episode:
         batch = sample(seed, step)

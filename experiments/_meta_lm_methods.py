@@ -15,14 +15,15 @@ import jax.numpy as jnp
 from experiments import _meta_lm_data as data_of
 from experiments import _teacher_shared as shared
 from experiments._meta_lm_data import Batch, Data
-from experiments._teacher_shared import HARD, MASKS, SOFT
+from experiments._teacher_shared import CORRUPTIONS, DRAWN, HARD, MASKS, SOFT
 from jmeta import methods
 from jmeta.core.types import Array, Key, MetaGradient, PyTree
 from jmeta.models import heads, masked_lm, teacher_lm
+from jmeta.models.soft_tokens import PAD
 from jmeta.models.transformer import TransformerConfig
 
-MLM, NONE = "mlm", "no pre-training"
-METHODS = (MLM, *SOFT, *HARD)
+NONE = "no pre-training"
+METHODS = (*CORRUPTIONS, *SOFT, *HARD)
 
 
 class Method(NamedTuple):
@@ -30,12 +31,13 @@ class Method(NamedTuple):
 
     Attributes:
         mg: its meta-gradient.
-        start: ``key -> meta``: for MLM the student, else the teacher.
+        start: ``key -> meta``: the teacher, or without one the student.
         sample: ``(seed, step) -> episodes`` of an outer step.
         student: ``(meta, estimator's state) -> the student's parameters``.
         student_steps: steps that the student takes in an outer step.
-        monitor: ``(meta, unlabelled batch) -> scalars``; of MLM none.
-        write: ``(meta, unlabelled batch, key) -> what the teacher makes of it``; None: MLM.
+        monitor: ``(meta, unlabelled batch) -> scalars``; without a teacher none.
+        write: ``(meta, unlabelled batch, key) -> what the teacher makes of it``; None: there is
+            none.
     """
 
     mg: MetaGradient
@@ -70,11 +72,11 @@ def build(config: Any, data: Data, name: str) -> Method:
     """
     shape = network(config, data.words.size)
     loss = student_loss(config, shape)
-    if name == MLM:
+    if name in CORRUPTIONS:
         return Method(
             methods.plain_gradient(loss),
             functools.partial(masked_lm.init, shape),
-            data_of.mlm_sample(config, data),
+            data_of.corrupted_sample(config, data, CORRUPTIONS[name]),
             lambda meta, state: meta,
             1,
             lambda meta, batch: {},
@@ -83,8 +85,8 @@ def build(config: Any, data: Data, name: str) -> Method:
     rewriting, start = shared.rewriting(name, data.words, shape)
     asked = name in config.mlm_task
     sample = data_of.teacher_sample(
-        config, data, keep=("ordinary",) if name in MASKS else ("masked",),
-        mlm_task=asked, mask_bug=config.mask_bug and asked,
+        config, data, keep=shared.read_by(name), mlm_task=asked,
+        mask_bug=config.mask_bug and asked,
     )  # fmt: skip
 
     return Method(
@@ -117,8 +119,9 @@ def _meta_gradient(
             meta_weight=config.hard_weight, **options,
         )  # fmt: skip
     options["relax"] = shared.relaxation(name)
-    if config.vocab_chunk and name not in MASKS:
-        # No pass may hold a distribution over the vocabulary for all tokens at once.
+    if config.vocab_chunk and name not in DRAWN:
+        # No pass may hold a distribution over the vocabulary for all tokens at once; a draw of
+        # each is one in whatever form.
         lazy = functools.partial(teacher_lm.write_factors, shape)
         rewriting, options["relax"] = shared.kind_of(name)(lazy), methods.unevaluated
     options["meta_weight"] = shared.soft_weight(config, name)
@@ -126,9 +129,10 @@ def _meta_gradient(
 
 
 def _supervised(config: Any, shape: TransformerConfig) -> Any:
-    """The auxiliary losses' cross-entropy of both heads."""
+    """The auxiliary losses' cross-entropy of both heads; [PAD] is no class of either."""
     if not config.vocab_chunk:
-        return methods.two_head_loss(functools.partial(teacher_lm.write, shape))
+        write = functools.partial(teacher_lm.write, shape)
+        return methods.two_head_loss(methods.without(write, [PAD]))
 
     def loss(meta: PyTree, batch: Batch, key: Key) -> tuple[Array, PyTree]:
         read = {"tokens": batch["tokens"], "mask": batch["mask"]}

@@ -11,8 +11,9 @@ import numpy as np
 
 from experiments import _meta_lm_data as data_of
 from experiments._meta_lm_data import Data
-from experiments._meta_lm_methods import METHODS, MLM, NONE
+from experiments._meta_lm_methods import METHODS, NONE
 from experiments._shared import write_metrics
+from experiments._teacher_shared import CORRUPTIONS, MLM
 from jmeta.methods import has_collapsed
 from jmeta.runtime import drawing, figures, report
 from jmeta.runtime.statistics import mean_ci, summarise
@@ -57,7 +58,7 @@ def rows_of(
     if trained is not None:
         values |= {CPU: trained.cpu_seconds}
         values |= {} if trained.per_step is None else {STEP: trained.per_step}
-        if name != MLM:
+        if name not in CORRUPTIONS:
             last = trained.history[-max(1, len(trained.history) // 5) :]
             values["query loss"] = float(np.mean([row["loss"] for row in last]))
     base = {"method": name, "seed": seed}
@@ -153,14 +154,14 @@ def draw(config: Any, found: Found, summary: Sequence[Row]) -> list[Figure]:
         path = figures.forest(config.out / "differences", total)
         said = "Differences in the mean score of all tasks, paired by seed; filled where the 95 % "
         made.append((said + "interval excludes zero.", path))
-    teachers = {name: each for name, each in found.items() if name not in (MLM, NONE)}
+    teachers = {name: each for name, each in found.items() if name not in (*CORRUPTIONS, NONE)}
     panels = (
         ("query", teachers, "history", ("loss",), "query loss",
          "The loss that a teacher descends: of its student on query examples, after its steps "
          "on support examples. Methods with MLM among their tasks have other queries."),
         ("mlm", found, "looks", ("loss",), "MLM loss",
-         "The students' loss of masked language modelling on held-out text; only MLM is trained "
-         "on it."),
+         "The students' loss of masked language modelling on held-out text; only MLM and "
+         "random tokens are trained to find tokens alone."),
         ("entropy", found, "looks", _ENTROPIES, "entropy, nats",
          "Mean entropy of what a teacher writes; towards zero, it always writes the same."),
         ("shares", found, "looks", _SHARES, "probability",
@@ -246,4 +247,6 @@ helps to fine-tune on the tasks?
 
 A soft teacher writes distributions over tokens and labels; an input-only one writes the tokens
 alone, and the labels are the text itself; a mask-only one chooses which tokens are hidden, and a
-mask-budget one which, but not how many."""
+mask-budget one which, but not how many. One of replacements writes other tokens for some, and the
+student is asked for those alone. Two methods have no teacher: denoising is the corruption of MLM
+with every token asked for, random tokens is MLM with a random token for each it hides."""

@@ -21,7 +21,7 @@ from experiments import _meta_lm_methods as methods_of
 from experiments._meta_lm_data import Data, Downstream
 from experiments._meta_lm_methods import HeldOut, Method
 from experiments._shared import train_method, write_rows
-from experiments._teacher_shared import adamw
+from experiments._teacher_shared import CORRUPTIONS, adamw
 from jmeta import methods
 from jmeta.core.types import Array, Info, PyTree
 from jmeta.data.loader import episode_loader
@@ -70,7 +70,7 @@ def check(config: Any, data: Data, names: list[str]) -> dict[str, Method]:
     """
     built = {name: methods_of.build(config, data, name) for name in names}
     for name, method in built.items():
-        if name != methods_of.MLM:
+        if name not in CORRUPTIONS:
             try:
                 check_teacher(
                     method.sample(config.first_seed, 0),

@@ -18,10 +18,18 @@ from jmeta.core.types import Array, Key, PyTree
 from jmeta.methods.rewriting import Relaxation, draw, expected, of_heads
 from jmeta.models import masked_lm, teacher_lm
 from jmeta.models.transformer import TransformerConfig
+from jmeta.tasks import corruption
+from jmeta.tasks.corruption import Objective
 from jmeta.tasks.tokenizer import Unified
 
 Batch: TypeAlias = dict[str, Any]
 
+MLM, DENOISING, RANDOM = "mlm", "denoising", "random tokens"
+CORRUPTIONS: dict[str, Objective] = {  # without a teacher
+    MLM: corruption.masked_lm,
+    DENOISING: corruption.denoising,
+    RANDOM: functools.partial(corruption.masked_lm, keep=0, random=1),
+}
 MASKS = ("mask-only", "mask-budget")  # what chooses positions, and what chooses them alone
 REPLACEMENTS = "replacements"  # what writes other tokens for some, which alone are asked for
 DRAWN = (*MASKS, REPLACEMENTS)  # what is differentiated as soft, and drawn
@@ -41,6 +49,15 @@ def named(setting: str, asked: Sequence[str], known: Sequence[str]) -> tuple[str
     if unknown:
         raise ValueError(f"{setting} {', '.join(unknown)}: choose of {', '.join(known)}")
     return tuple(name for name in known if name in each)
+
+
+def read_by(name: str) -> tuple[str, ...]:
+    """What a method's teacher takes of unlabelled text beside tokens and mask.
+
+    Of ``tasks.corruption.unlabelled``: where it may write, and what it learns MLM from itself.
+    """
+    where = ("ordinary",) if name in DRAWN else ()
+    return where if name in MASKS else (*where, "masked")
 
 
 def adamw(rate: Any, warmup: int) -> optax.GradientTransformation:

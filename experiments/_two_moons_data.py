@@ -5,13 +5,12 @@ Every batch is a function of (seed, chunk), where a chunk is the outer steps of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jmeta.core.types import Episode, Steps
-from jmeta.tasks.corruption import masked_lm, unlabelled
+from jmeta.tasks.corruption import Objective, masked_lm, unlabelled
 from jmeta.tasks.episodes import task_generator
 from jmeta.tasks.feeding import shuffled
 from jmeta.tasks.tokenizer import Unified
@@ -26,7 +25,6 @@ from jmeta.tasks.two_moons import (
 )
 
 Batch = dict[str, Any]
-Corrupt = Callable[[np.ndarray, np.random.Generator, Unified], Batch]
 POSITIONS = 34  # [CLSk], sixteen points, [SEP]
 SHORT = 4  # [CLS2] x y [SEP]
 # Streams of the generator; the order of the sequences has one of its own.
@@ -123,7 +121,7 @@ def label_tokens(data: Data) -> tuple[int, int]:
 
 
 def corrupted(
-    data: Data, seed: int, chunk: int, shape: tuple[int, ...], corrupt: Corrupt = masked_lm
+    data: Data, seed: int, chunk: int, shape: tuple[int, ...], corrupt: Objective = masked_lm
 ) -> Batch:
     """A chunk of corrupted sequences, in shuffled epochs: ``masked_lm`` or ``denoising``.
 

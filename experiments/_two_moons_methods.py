@@ -14,27 +14,18 @@ import jax
 import jmeta
 from experiments import _teacher_shared as shared
 from experiments import _two_moons_data as data_of
-from experiments._teacher_shared import MASKS, REPLACEMENTS, SOFT
+from experiments._teacher_shared import CORRUPTIONS, MASKS, REPLACEMENTS, SOFT
 from experiments._two_moons_data import Batch, Data
 from jmeta import methods
 from jmeta.core.types import Array, Episode, Key, MetaGradient, PyTree
 from jmeta.models import masked_lm, teacher_lm
 from jmeta.models.transformer import TransformerConfig
-from jmeta.tasks import corruption
+from jmeta.tasks.corruption import Objective
 
-MLM, DENOISING, RANDOM = "mlm", "denoising", "random tokens"
-CORRUPTIONS = {  # without a teacher
-    MLM: corruption.masked_lm,
-    DENOISING: corruption.denoising,
-    RANDOM: functools.partial(corruption.masked_lm, keep=0, random=1),
-}
 METHODS = (
     *CORRUPTIONS, "input-only soft", *MASKS, REPLACEMENTS, "soft", "hard", "input-only hard"
 )  # fmt: skip
 NONE = "no pre-training"
-# What a teacher reads of unlabelled text beside its tokens: where it may write, what it learns MLM
-# from.
-_KEPT = {name: ("ordinary",) for name in MASKS} | {REPLACEMENTS: ("ordinary", "masked")}
 
 
 class Method(NamedTuple):
@@ -80,7 +71,7 @@ def _batch_shape(config: Any) -> tuple[int, int, int]:
 
 
 def _corrupted(
-    config: Any, data: Data, shape: TransformerConfig, loss: Any, corrupt: data_of.Corrupt
+    config: Any, data: Data, shape: TransformerConfig, loss: Any, corrupt: Objective
 ) -> Method:
     size = _batch_shape(config)
     return Method(
@@ -124,7 +115,7 @@ def _teacher(config: Any, data: Data, name: str, shape: TransformerConfig, loss:
 
     options_of_chunk: dict[str, Any] = {
         "inner_steps": config.inner_steps,
-        "keep": _KEPT.get(name, ("masked",)),
+        "keep": shared.read_by(name),
         "mlm_task": name in config.mlm_task,
         "mask_bug": config.mask_bug and name in config.mlm_task,
         "among_classes": config.among_classes,

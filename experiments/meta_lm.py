@@ -21,9 +21,9 @@ from experiments import _meta_lm_methods as methods_of
 from experiments import _meta_lm_report as page
 from experiments import _meta_lm_training as training
 from experiments._meta_lm_data import EMBEDDED, SUPERGLUE, Data
-from experiments._meta_lm_methods import METHODS, MLM, NONE, Method
+from experiments._meta_lm_methods import METHODS, NONE, Method
 from experiments._shared import command_line, record, require_positive
-from experiments._teacher_shared import named
+from experiments._teacher_shared import CORRUPTIONS, DENOISING, MLM, REPLACEMENTS, named
 from jmeta.data.sources import DataUnavailable
 from jmeta.models import masked_lm
 from jmeta.runtime import config as configuration
@@ -48,7 +48,9 @@ class Config(configuration.RunConfig):
     tasks: tuple[str, ...] = SUPERGLUE
     """Labelled tasks: names, superglue (all eight), or embedded (two tasks about the standard
     library, which need no data)."""
-    methods: tuple[str, ...] = (MLM, "soft", "input-only soft", "mask-only")
+    methods: tuple[str, ...] = (
+        MLM, DENOISING, "soft", "input-only soft", "mask-only", REPLACEMENTS,
+    )  # fmt: skip
     """Which are pre-trained by this call; those that are in the run directory already are kept."""
     pretrain_only: bool = False
     """Stop after pre-training; the same command without it goes on with --resume."""
@@ -79,7 +81,8 @@ class Config(configuration.RunConfig):
     batch: int = 16
     """Texts of a micro-batch."""
     micro_batches: int = 1
-    """Micro-batches of a step, which unroll from the same student; MLM takes them as one batch."""
+    """Micro-batches of a step, which unroll from the same student; without a teacher they are one
+    batch."""
     tasks_per_batch: int = 2
     """Draws of a task on which a micro-batch is scored."""
     samples_per_task: int = 8
@@ -102,7 +105,7 @@ class Config(configuration.RunConfig):
     soft_weight: float = 10.0
     """Weight of the soft teacher's meta-gradient beside its own MLM losses."""
     input_weight: float = 1.0
-    """The same of the input-only soft teacher."""
+    """The same of the input-only soft teacher, and of the one that replaces tokens."""
     hard_weight: float = 10.0
     """Weight of the meta-gradient of hard teachers, which estimates that of soft ones by draws."""
     finetune_epochs: int = 20
@@ -123,7 +126,7 @@ class Config(configuration.RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         tasks = tuple(each for name in self.tasks for each in _WHOLE.get(name, (name,)))
-        teachers = tuple(name for name in METHODS if name != MLM)
+        teachers = tuple(name for name in METHODS if name not in CORRUPTIONS)
         lists = {
             "tasks": named("tasks", tasks, tuple(data_of.TASKS)),
             "methods": named("methods", self.methods, METHODS),

@@ -22,8 +22,8 @@ from experiments import _two_moons_data as data_of
 from experiments import _two_moons_methods as methods_of
 from experiments import _two_moons_report as page
 from experiments._shared import command_line, record, require_positive
-from experiments._teacher_shared import HARD, named
-from experiments._two_moons_methods import CORRUPTIONS, METHODS, MLM, NONE
+from experiments._teacher_shared import CORRUPTIONS, HARD, MLM, named
+from experiments._two_moons_methods import METHODS, NONE
 from experiments._two_moons_training import Diverged, Pretrained, pretrain
 from experiments._two_moons_tuning import Tuned, fine_tune, fine_tuner
 from jmeta import methods

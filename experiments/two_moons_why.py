@@ -16,8 +16,7 @@ from experiments import _two_moons_data as data_of
 from experiments import _two_moons_report as page
 from experiments import two_moons
 from experiments._shared import command_line, record, write_metrics
-from experiments._teacher_shared import REPLACEMENTS, named
-from experiments._two_moons_methods import DENOISING, MLM, RANDOM
+from experiments._teacher_shared import DENOISING, MLM, RANDOM, REPLACEMENTS, named
 from jmeta.runtime import config as configuration
 from jmeta.runtime import distributed, figures, report
 from jmeta.runtime.statistics import summarise

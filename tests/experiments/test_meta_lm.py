@@ -15,6 +15,7 @@ from experiments import _meta_lm_data as data_of
 from experiments import _meta_lm_methods as methods_of
 from experiments import _meta_lm_report as page
 from experiments import _meta_lm_training as training
+from experiments import _teacher_shared as shared
 from experiments import meta_lm
 from jmeta.data.sources import DataUnavailable
 from jmeta.methods import two_head_loss
@@ -22,6 +23,7 @@ from jmeta.models import masked_lm, teacher_lm
 from jmeta.runtime.report import read_results
 from jmeta.tasks import superglue
 from jmeta.tasks.text import Example
+from jmeta.testing import relative_error
 
 SMOKE = meta_lm.PRESETS["smoke"]
 ARGUMENTS = ["--preset", "smoke", "--tasks", "CB,ReCoRD", "--positions", "48"]
@@ -103,7 +105,7 @@ def values(out, metric):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"methods": ("mlm,soap",)}, "methods soap: choose of mlm, soft"),
+        ({"methods": ("mlm,soap",)}, "methods soap: choose of mlm, denoising, random"),
         ({"methods": ()}, "methods is empty"),
         ({"tasks": ("CB", "SQuAD")}, "tasks SQuAD: choose of BoolQ, CB"),
         ({"tasks": ("",)}, "tasks is empty"),
@@ -158,12 +160,12 @@ def test_a_teacher_is_scored_on_distinct_examples_of_one_task_with_the_mask_of_i
 
 def test_all_methods_read_as_many_texts_in_a_student_step(config, data):
     several = dataclasses.replace(config, micro_batches=3, inner_steps=2, steps=4)
-    plain = data_of.mlm_sample(several, data)(0, 0).query
+    plain = data_of.corrupted_sample(several, data, shared.CORRUPTIONS["mlm"])(0, 0).query
     made = data_of.teacher_sample(several, data, keep=(), mlm_task=False, mask_bug=False)(0, 0)
     assert plain["tokens"].shape == (3 * 2, 48)
     assert made.support.batches["tokens"].shape == (3, 2, 2, 48)
     assert set(made.support.batches) == {"tokens", "mask"}
-    again = data_of.mlm_sample(several, data)(0, 0).query
+    again = data_of.corrupted_sample(several, data, shared.CORRUPTIONS["mlm"])(0, 0).query
     np.testing.assert_array_equal(plain["tokens"], again["tokens"])
 
 
@@ -215,19 +217,22 @@ def test_the_chunked_auxiliary_loss_is_the_plain_one(config):
     labels = jnp.where(weights != 0, tokens[2], 0)
     batch = {"tokens": tokens[0], "inputs": inputs, "mask": mask, "labels": labels}
     batch["weights"] = weights
-    lazy = methods_of._supervised(dataclasses.replace(config, vocab_chunk=16), shape)
-    # [PAD] has a probability in ``write`` and none in ``write_factors``.
-    plain = two_head_loss(
+    lazy, plain = (
+        methods_of._supervised(dataclasses.replace(config, vocab_chunk=n), shape) for n in (16, 0)
+    )
+    # [PAD] has a score in ``write``, and a probability in neither.
+    by_hand = two_head_loss(
         lambda meta, batch, key: jax.tree.map(
             lambda s: s.at[..., 0].set(-1e30), teacher_lm.write(shape, meta, batch, key)
         )
     )
 
     @jax.jit
-    def both(params):
-        return lazy(params, batch, None), plain(params, batch, None)
+    def each(params):
+        return [loss(params, batch, None) for loss in (lazy, plain, by_hand)]
 
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *both(params))
+    close = lambda *values: np.testing.assert_allclose(values[:2], values[2:] * 2, rtol=1e-5)  # noqa: E731
+    jax.tree.map(close, *each(params))
 
 
 @pytest.mark.parametrize(
@@ -311,12 +316,49 @@ def test_a_panel_for_each_evaluation_and_none_twice_after_an_interruption(config
 
 def test_both_heads_of_a_teacher_are_watched_whatever_it_writes(config, data):
     read = data_of.unlabelled(data.validation, data.words)
-    for name in methods_of.METHODS[1:]:
+    for name in methods_of.METHODS:
         method = methods_of.build(config, data, name)
+        if name in shared.CORRUPTIONS:
+            assert method.write is None
+            continue
         meta = jax.eval_shape(method.start, jax.random.key(0))
         watched = jax.eval_shape(method.monitor, meta, read)
         heads = {key.partition("_")[0] for key in watched}
-        assert heads == ({"masked", "mask"} if name.startswith("mask") else {"inputs", "labels"})
+        assert heads == {shared.REPLACEMENTS: {"inputs"}}.get(
+            name, {"masked", "mask"} if name in shared.MASKS else {"inputs", "labels"}
+        )
+
+
+def test_without_a_teacher_the_same_texts_are_corrupted_as_each_name_says(config, data):
+    mlm, denoising, random = (
+        methods_of.build(config, data, name).sample(3, 1).query for name in shared.CORRUPTIONS
+    )
+    hidden = mlm["weights"] == 1
+    original = np.where(hidden, mlm["labels"], mlm["tokens"])
+    np.testing.assert_array_equal(denoising["tokens"], mlm["tokens"])
+    np.testing.assert_array_equal(denoising["labels"], original)
+    np.testing.assert_array_equal(denoising["weights"], denoising["mask"])
+    np.testing.assert_array_equal(random["weights"], mlm["weights"])
+    assert hidden.any()
+    assert not (random["tokens"] == data.words.mask).any()
+    np.testing.assert_array_equal(random["tokens"][~hidden], original[~hidden])
+    np.testing.assert_array_equal(random["labels"][hidden], original[hidden])
+
+
+@pytest.mark.slow
+def test_replacements_are_the_same_with_losses_in_chunks(config, data):
+    def grads(chunk):
+        asked = dataclasses.replace(config, vocab_chunk=chunk)
+        method = methods_of.build(asked, data, shared.REPLACEMENTS)
+        episodes, key = method.sample(0, 0), jax.random.key(0)
+        assert set(episodes.support) == {"tokens", "mask", "ordinary", "masked"}
+        meta = method.start(key)
+        estimate = lambda meta: method.mg.estimate(meta, method.mg.init(meta, key), episodes, key)  # noqa: E731
+        return jax.jit(estimate)(meta)[0]
+
+    whole, chunked = grads(0), grads(64)
+    assert relative_error(chunked, whole) < 1e-4
+    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(whole["inputs"]))
 
 
 def test_the_preset_paper_has_the_published_sizes():
