@@ -15,7 +15,7 @@ import optax
 
 from jmeta import methods, optim
 from jmeta.core.types import Array, Key, PyTree
-from jmeta.methods.rewriting import Relaxation, draw, expected, of_heads
+from jmeta.methods.relaxations import Relaxation, draw, expected, of_heads
 from jmeta.models import masked_lm, teacher_lm
 from jmeta.models.transformer import TransformerConfig
 from jmeta.tasks import corruption

@@ -11,8 +11,9 @@ import numpy as np
 
 from experiments import _two_moons_data as data_of
 from experiments._shared import learning_curve, write_metrics
+from experiments._teacher_shared import MLM
 from experiments._two_moons_data import Data
-from experiments._two_moons_methods import METHODS, MLM, NONE
+from experiments._two_moons_methods import METHODS, NONE
 from jmeta.methods import has_collapsed
 from jmeta.runtime import drawing, figures, report
 from jmeta.runtime.statistics import mean_ci, summarise

@@ -21,8 +21,8 @@ from experiments import _two_moons_data as data_of
 from experiments import _two_moons_methods as methods_of
 from experiments import two_moons
 from experiments._shared import command_line, record, require_positive, write_metrics
-from experiments._teacher_shared import judge
-from experiments._two_moons_methods import MLM, NONE
+from experiments._teacher_shared import MLM, judge
+from experiments._two_moons_methods import NONE
 from experiments._two_moons_training import pretrain
 from jmeta.core.types import Array, Episode, Key, PyTree
 from jmeta.methods.maml import learned_start

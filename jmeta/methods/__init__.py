@@ -62,17 +62,14 @@ from jmeta.methods.objective_training import (
     sampled_training,
 )
 from jmeta.methods.populations import population, restarting
+from jmeta.methods.relaxations import expected, gumbel_softmax, straight_through, unevaluated
 from jmeta.methods.rewriting import (
     Rewriting,
     class_labels,
-    expected,
-    gumbel_softmax,
     inputs_and_labels,
     inputs_only,
     masks_only,
     replacements,
-    straight_through,
-    unevaluated,
     without,
 )
 from jmeta.methods.rule_samplers import (

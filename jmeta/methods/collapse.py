@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmeta.core.types import Array
-from jmeta.methods.rewriting import Batch, Outcomes
+from jmeta.methods.relaxations import Outcomes
+from jmeta.methods.rewriting import Batch
 
 
 def monitors(

@@ -17,7 +17,8 @@ from jmeta.core.inner import keys
 from jmeta.core.steps import Remat
 from jmeta.core.tree import global_norm
 from jmeta.core.types import Array, Episode, Info, Key, MetaGradient, Problem, PyTree
-from jmeta.methods.rewriting import Batch, Relaxation, Rewriting, expected, of_heads
+from jmeta.methods.relaxations import Relaxation, expected, of_heads
+from jmeta.methods.rewriting import Batch, Rewriting
 from jmeta.methods.students import (
     Student,
     TeacherState,

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jmeta.core.types import Array, Episode, Key, PyTree, Steps
-from jmeta.methods.rewriting import Batch, Network, at_outcomes
+from jmeta.methods.relaxations import at_outcomes
+from jmeta.methods.rewriting import Batch, Network
 from jmeta.methods.teacher import Auxiliary
 
 Supervised = Callable[[PyTree, Batch, Key], tuple[Array, PyTree]]

@@ -15,7 +15,8 @@ from jmeta.core.autodiff import GradTransform, mixed_mode_grad
 from jmeta.core.types import Array, Episode, Info, Key, MetaGradient, PyTree, Steps
 from jmeta.methods.baselines import Baseline, no_baseline
 from jmeta.methods.coefficients import Coefficient, coefficients
-from jmeta.methods.rewriting import Batch, Rewriting, draw, log_probability, of_heads
+from jmeta.methods.relaxations import draw, log_probability, of_heads
+from jmeta.methods.rewriting import Batch, Rewriting
 from jmeta.methods.students import (
     Student,
     TeacherState,

@@ -427,7 +427,7 @@ def test_both_heads_of_a_teacher_are_watched_whatever_it_writes(data):
     read = {k: jnp.asarray(read[k][:3]) for k in ("tokens", "mask", "ordinary")}
     for name in methods_of.METHODS:
         method = methods_of.build(smoke, data, name)
-        if name in methods_of.CORRUPTIONS:
+        if name in shared.CORRUPTIONS:
             assert method.panel is None
             continue
         meta = jax.eval_shape(method.start, jax.random.key(0))
@@ -545,7 +545,7 @@ def test_every_method_runs_and_seeds_are_what_each_is_alone(tmp_path):
     assert {row["method"] for row in accuracy} == {
         *methods_of.METHODS, methods_of.NONE, page.NEIGHBOUR, page.MAJORITY,
     }  # fmt: skip
-    teachers = [name for name in methods_of.METHODS if name not in methods_of.CORRUPTIONS]
+    teachers = [name for name in methods_of.METHODS if name not in shared.CORRUPTIONS]
     for name in teachers:
         file = both / "methods" / f"{name.replace(' ', '-')}.json"
         [*_, last] = json.loads(file.read_text())["history"]

@@ -9,7 +9,7 @@ import optax
 
 from jmeta import Episode
 from jmeta.methods import Student, inputs_and_labels
-from jmeta.methods.rewriting import log_probability
+from jmeta.methods.relaxations import log_probability
 
 VOCAB, TIME, WIDTH = 3, 2, 3
 

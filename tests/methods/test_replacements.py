@@ -20,7 +20,7 @@ from teacher_world import (
 )
 
 from jmeta import methods
-from jmeta.methods import hard_teacher, rewriting, soft_teacher
+from jmeta.methods import hard_teacher, relaxations, soft_teacher
 from jmeta.testing import central_differences, relative_error
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -115,8 +115,8 @@ def test_what_is_drawn_is_what_the_student_reads_and_is_asked_for():
     @jax.jit
     def written(params):
         scores = made.scores(params, batch, None)
-        through = rewriting.of_heads(rewriting.straight_through, scores, key)
-        drawn = rewriting.of_heads(rewriting.draw, scores, key)
+        through = relaxations.of_heads(relaxations.straight_through, scores, key)
+        drawn = relaxations.of_heads(relaxations.draw, scores, key)
         return scores, made.write(through, batch), made.write(drawn, batch)
 
     scores, through, drawn = written(params)

@@ -24,7 +24,7 @@ from teacher_world import (
 )
 
 from jmeta import Episode, Steps, methods, mixed_mode_grad, optim, reverse_grad
-from jmeta.methods import rewriting, soft_teacher
+from jmeta.methods import relaxations, soft_teacher
 from jmeta.testing import central_differences, relative_error
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -133,7 +133,7 @@ def test_gradient_of_a_soft_label_has_its_closed_form():
         lambda made, batch: {**at(pseudo, slice(None)), "labels": made["y"]},
         lambda batch: batch["mask"],
     )
-    mg = soft_teacher(student(), whole, relax=rewriting.unevaluated)
+    mg = soft_teacher(student(), whole, relax=relaxations.unevaluated)
     grads, _, _ = estimated(mg, pseudo["labels"][None], task)
     assert relative_error(grads[0], jax.jit(closed)(pseudo["labels"])) < 1e-12
 
@@ -281,26 +281,26 @@ def test_labels_that_do_not_count_are_no_class():
 
 def test_relaxations_and_forbidden_words():
     scores, key = jnp.asarray([[0.3, -1.0, 2.0]]), jax.random.key(0)
-    hard = rewriting.gumbel_softmax(0.5, hard=True)
+    hard = relaxations.gumbel_softmax(0.5, hard=True)
     p = jax.nn.softmax(scores[0])
 
     @jax.jit
     def slopes(scores):
-        through = jax.jacobian(lambda s: rewriting.straight_through(s, key)[0])(scores)
+        through = jax.jacobian(lambda s: relaxations.straight_through(s, key)[0])(scores)
         return through, jax.jacobian(lambda s: jax.nn.softmax(s[0]))(scores)
 
     through, soft = slopes(scores)
     assert relative_error(through, soft) < 1e-15
     many = jnp.broadcast_to(scores, (20_000, VOCAB))
-    for drawn in jax.jit(lambda s: (rewriting.straight_through(s, key), hard(s, key)))(many):
+    for drawn in jax.jit(lambda s: (relaxations.straight_through(s, key), hard(s, key)))(many):
         assert float(jnp.abs(drawn.max(-1) - 1).max()) < 1e-12
         np.testing.assert_allclose(drawn.mean(0), p, atol=4 * 0.5 / 20_000**0.5)
-    cold = rewriting.gumbel_softmax(1e-3)(scores, key)
-    np.testing.assert_allclose(cold, rewriting.gumbel_softmax(hard=True)(scores, key), atol=1e-6)
+    cold = relaxations.gumbel_softmax(1e-3)(scores, key)
+    np.testing.assert_allclose(cold, relaxations.gumbel_softmax(hard=True)(scores, key), atol=1e-6)
     with pytest.raises(ValueError, match="must be positive"):
-        rewriting.gumbel_softmax(0.0)
+        relaxations.gumbel_softmax(0.0)
     with pytest.raises(ValueError, match=r"needs a jax\.random\.key"):
-        rewriting.straight_through(scores, None)
+        relaxations.straight_through(scores, None)
     with pytest.raises(ValueError, match="vocabulary of 3"):
         methods.without(teacher, [3])(teacher_params(), text(1), None)
 

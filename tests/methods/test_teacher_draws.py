@@ -31,7 +31,7 @@ from teacher_world import (
 from jmeta import Episode, Steps, methods, optim
 from jmeta.core.tree import at_least_float32
 from jmeta.methods import hard_teacher
-from jmeta.methods.rewriting import draw, log_probability
+from jmeta.methods.relaxations import draw, log_probability
 from jmeta.testing import central_differences, relative_error
 
 pytestmark = pytest.mark.usefixtures("x64")

@@ -28,7 +28,7 @@ from jmeta import Episode, Steps, methods, optim
 from jmeta.core.autodiff import mixed_mode_grad
 from jmeta.methods import hard_teacher, students
 from jmeta.methods.coefficients import coefficients
-from jmeta.methods.rewriting import log_probability
+from jmeta.methods.relaxations import log_probability
 from jmeta.testing import central_differences, relative_error
 
 pytestmark = pytest.mark.usefixtures("x64")

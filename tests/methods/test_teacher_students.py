@@ -20,7 +20,7 @@ from teacher_world import (
 )
 
 from jmeta import Episode, methods, optim
-from jmeta.methods import rewriting, soft_teacher
+from jmeta.methods import relaxations, soft_teacher
 from jmeta.testing import central_differences, relative_error
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -112,7 +112,7 @@ def test_every_student_and_every_restart_is_drawn_anew():
 
 def test_gradient_through_gumbel_draws_is_that_of_central_differences():
     data, meta, key = episodes(), teacher_params(), jax.random.key(0)
-    mg = soft_teacher(student(), BOTH, relax=rewriting.gumbel_softmax(0.7))
+    mg = soft_teacher(student(), BOTH, relax=relaxations.gumbel_softmax(0.7))
     state = mg.init(meta, None)
     estimate = jax.jit(lambda m, key: mg.estimate(m, state, data, key))
     grads, other = (estimate(meta, k)[0] for k in (key, jax.random.key(1)))
@@ -125,9 +125,9 @@ def test_gradient_through_gumbel_draws_is_that_of_central_differences():
 def test_one_hot_draws_have_the_derivative_of_their_distribution(kind):
     """By hand: the slope in what was written, times the Jacobian of a softmax."""
     data, meta, key = episodes(micro=1), teacher_params(), jax.random.key(0)
-    relax, heat = rewriting.straight_through, 1.0
+    relax, heat = relaxations.straight_through, 1.0
     if kind == "hard Gumbel":
-        relax, heat = rewriting.gumbel_softmax(0.7, hard=True), 0.7
+        relax, heat = relaxations.gumbel_softmax(0.7, hard=True), 0.7
     # One key for whatever is asked, so that the draws are known here.
     known = lambda scores, _: relax(scores, key)  # noqa: E731
     grads, after, info = estimated(soft_teacher(student(), BOTH, relax=known), meta, data)
@@ -139,7 +139,7 @@ def test_one_hot_draws_have_the_derivative_of_their_distribution(kind):
         noise = jax.random.gumbel(key, scores["inputs"].shape, scores["inputs"].dtype)
         chosen = {n: (s + noise).argmax(-1) for n, s in scores.items()}
         if kind == "straight through":
-            chosen = {n: rewriting.draw(s, key) for n, s in scores.items()}
+            chosen = {n: relaxations.draw(s, key) for n, s in scores.items()}
         drawn = {n: jax.nn.one_hot(each, VOCAB) for n, each in chosen.items()}
 
         def pre_trained(written):
