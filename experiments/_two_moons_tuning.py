@@ -118,7 +118,9 @@ def fine_tune(
         rows = data_of.fine_tuning_rows(n, seed, config.finetune_steps, config.finetune_batch)
         batches.append(data_of.moon_batch(data, points.cells[rows], points.labels[rows]))
         held_out.append(data_of.labelled(n, seed, fresh=config.fresh_labels, validation=True))
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *students)
+    # As numpy: what was trained is bound to its device and what was not is not, and a program is
+    # compiled for each.
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *students)
     batches = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
     margins = np.asarray(program(stacked, batches), np.float64)
     margins = margins.reshape(*margins.shape[:3], GRID, GRID)

@@ -255,6 +255,20 @@ def test_checkpoint_and_rate_are_chosen_on_validation_points_alone(data):
     assert found.test.tolist() == [expected.mean()]
 
 
+def test_students_that_a_device_trained_need_no_program_of_their_own(data):
+    config = dataclasses.replace(two_moons.PRESETS["smoke"], seeds=1)
+    given = []
+
+    def program(students, batches):
+        given.extend(jax.tree.leaves((students, batches)))
+        return np.zeros((2, 2, 1, 4096))
+
+    bound = jax.device_put(jnp.zeros((1, 3)), jax.devices()[1])
+    tuning.fine_tune(config, data, program, [bound, bound], 10)
+    # Arrays that are bound to no device: all calls are of one kind.
+    assert {type(leaf) for leaf in given} == {np.ndarray}
+
+
 @pytest.mark.slow
 def test_a_run_leaves_everything_the_contract_names(run):
     for name in ("config.yaml", "run.json", "metrics.jsonl", "report.html", "accuracy.png",
