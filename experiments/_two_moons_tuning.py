@@ -38,6 +38,8 @@ class Tuned(NamedTuple):
         validation: the validation accuracy of each seed.
         checkpoint: which checkpoint was chosen, for all seeds.
         rate: which rate.
+        candidates: of every checkpoint and rate ``{"checkpoint", "rate", "accuracy",
+            "validation"}``: the test accuracy of each seed and the mean validation accuracy.
     """
 
     margins: np.ndarray
@@ -45,6 +47,7 @@ class Tuned(NamedTuple):
     validation: np.ndarray
     checkpoint: str
     rate: float
+    candidates: list[dict[str, Any]]
 
 
 def fine_tuner(config: Any, data: Data) -> Callable[[PyTree, PyTree], Array]:
@@ -129,10 +132,24 @@ def fine_tune(
     # NaN, of a rate that diverges, comes last.
     order = {at: (np.isnan(loss[at]), -right[at].mean(), loss[at]) for at in np.ndindex(loss.shape)}
     best = min(order, key=lambda at: order[at])
-    test, _ = judged(margins[best], [data.test] * len(held_out))
+    test, _ = judged(margins, [data.test] * len(held_out))
+    candidates = [
+        {"checkpoint": CHECKPOINTS[at[0]], "rate": config.finetune_rates[at[1]],
+         "accuracy": test[at].tolist(), "validation": float(right[at].mean())}
+        for at in order
+    ]  # fmt: skip
     return Tuned(
-        margins[best], test, right[best], CHECKPOINTS[best[0]], config.finetune_rates[best[1]]
-    )
+        margins[best], test[best], right[best], CHECKPOINTS[best[0]],
+        config.finetune_rates[best[1]], candidates,
+    )  # fmt: skip
+
+
+def luckiest(tuned: Tuned) -> list[float]:
+    """Each seed's test accuracy at the checkpoint and rate that are best on test points.
+
+    An upper bound of what any choice could have given, for all seeds alike.
+    """
+    return max((each["accuracy"] for each in tuned.candidates), key=np.mean)
 
 
 def judged(margins: np.ndarray, points: Sequence[Labelled]) -> tuple[np.ndarray, np.ndarray]:

@@ -25,7 +25,7 @@ from experiments._shared import command_line, record, require_positive
 from experiments._teacher_shared import CORRUPTIONS, HARD, MLM, named
 from experiments._two_moons_methods import METHODS, NONE
 from experiments._two_moons_training import Diverged, Pretrained, pretrain
-from experiments._two_moons_tuning import Tuned, fine_tune, fine_tuner
+from experiments._two_moons_tuning import Tuned, fine_tune, fine_tuner, luckiest
 from jmeta import methods
 from jmeta.models import masked_lm
 from jmeta.runtime import config as configuration
@@ -232,7 +232,10 @@ def keep(
     """Write what is known of a method: rows, history, choices and the first seed's maps."""
     rows: list[dict[str, Any]] = []
     for n, found in tuned.items():
-        for metric, values in (("accuracy", found.test), ("validation accuracy", found.validation)):
+        for metric, values in (
+            ("accuracy", found.test), ("validation accuracy", found.validation),
+            (page.LUCKIEST, luckiest(found)),
+        ):  # fmt: skip
             rows += [
                 {"method": name, "seed": seed, "metric": metric, "value": float(value), "labels": n}
                 for seed, value in zip(config.seed_list, values, strict=True)
@@ -248,6 +251,7 @@ def keep(
         "method": name,
         "rows": rows,
         "chosen": {str(n): {"checkpoint": t.checkpoint, "rate": t.rate} for n, t in tuned.items()},
+        "candidates": {str(n): t.candidates for n, t in tuned.items()},
         "history": [] if trained is None else trained.history,
         "seconds": {"pre-training": 0.0 if trained is None else trained.seconds,
                     "fine-tuning": tuning_seconds},

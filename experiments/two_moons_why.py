@@ -223,6 +223,7 @@ def write(config: Config, lost: Sequence[str] = ()) -> None:
         *(f"{name}: {VARIANTS[name].remark}." for name in found if VARIANTS[name].remark),
         "Test accuracy is that after fine-tuning; rate and checkpoint are chosen on as many other "
         "labelled points. Monitors are those of the last evaluation.",
+        page.CHOICE,
         *page.collapses(found, seeds),
     ]
     missing = [name for name in VARIANTS if name not in found]

@@ -126,6 +126,13 @@ def test_checkpoint_and_rate_are_chosen_on_validation_points_alone(data):
     assert found.validation.tolist() == [1.0]
     expected = (margins[1, 0, 0][tuple(data.test.cells.T)] > 0) == (data.test.labels == 1)
     assert found.test.tolist() == [expected.mean()]
+    # Each candidate with what it would have given, of which the luckiest is no better than chosen.
+    at = {(each["checkpoint"], each["rate"]): each for each in found.candidates}
+    assert set(at) == {(c, r) for c in ("latest", "best") for r in config.finetune_rates}
+    assert at["best", 0.01]["accuracy"] == found.test.tolist()
+    assert [each["validation"] for each in at.values()] == [1.0, 0.5, 1.0, 1.0]
+    at["latest", 0.04]["accuracy"] = [0.999]
+    assert tuning.luckiest(found) == [0.999]
 
 
 def test_students_that_a_device_trained_need_no_program_of_their_own(data):
