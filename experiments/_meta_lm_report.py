@@ -160,8 +160,8 @@ def draw(config: Any, found: Found, summary: Sequence[Row]) -> list[Figure]:
          "The loss that a teacher descends: of its student on query examples, after its steps "
          "on support examples. Methods with MLM among their tasks have other queries."),
         ("mlm", found, "looks", ("loss",), "MLM loss",
-         "The students' loss of masked language modelling on held-out text; only MLM and "
-         "random tokens are trained to find tokens alone."),
+         "The students' loss of masked language modelling on held-out text, which only MLM's "
+         "are trained on as it is."),
         ("entropy", found, "looks", _ENTROPIES, "entropy, nats",
          "Mean entropy of what a teacher writes; towards zero, it always writes the same."),
         ("shares", found, "looks", _SHARES, "probability",
@@ -216,7 +216,7 @@ def _notes(config: Any, data: Data, found: Found) -> list[str]:
         "rate; the last student is scored, and nothing is chosen on scored examples. What the "
         "steps cost is in the tables.",
         "A teacher sees the training examples of the tasks, which the student is fine-tuned on; "
-        "MLM sees none of them.",
+        "methods without a teacher see none of them.",
         "A task's score is the mean of its official metrics; the score is the mean over tasks. "
         "Validation sets are scored"
         + (f", at most {config.scored_examples} examples each." if config.scored_examples else "."),

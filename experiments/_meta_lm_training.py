@@ -44,7 +44,7 @@ class Pretrained(NamedTuple):
         history: rows of the training's metrics.
         looks: rows of the evaluations: ``step`` (of the student), the held-out ``loss`` and
             ``accuracy`` of MLM, and the teacher's monitors.
-        panel: texts as the teacher rewrites them at the end; empty for MLM.
+        panel: texts as the teacher rewrites them at the end; empty without one.
         cpu_seconds: user and system time, interrupted attempts included.
         per_step: median wall seconds of a student's step, without compilation and evaluations.
     """

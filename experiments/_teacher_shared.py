@@ -30,12 +30,12 @@ CORRUPTIONS: dict[str, Objective] = {  # without a teacher
     DENOISING: corruption.denoising,
     RANDOM: functools.partial(corruption.masked_lm, keep=0, random=1),
 }
-MASKS = ("mask-only", "mask-budget")  # what chooses positions, and what chooses them alone
+MASKS = ("mask-only", "mask-budget")  # what chooses where to mask, the first also how much
 REPLACEMENTS = "replacements"  # what writes other tokens for some, which alone are asked for
 DRAWN = (*MASKS, REPLACEMENTS)  # what is differentiated as soft, and drawn
 SOFT = ("soft", "input-only soft", *DRAWN)
 HARD = ("hard", "input-only hard")
-MASKED = 0.15  # the share of positions that MLM masks, and that mask teachers start from or keep
+MASKED = 0.15  # the share of positions that MLM masks, and that DRAWN teachers begin with or keep
 
 
 def named(setting: str, asked: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:

@@ -123,7 +123,7 @@ def label_tokens(data: Data) -> tuple[int, int]:
 def corrupted(
     data: Data, seed: int, chunk: int, shape: tuple[int, ...], corrupt: Objective = masked_lm
 ) -> Batch:
-    """A chunk of corrupted sequences, in shuffled epochs: ``masked_lm`` or ``denoising``.
+    """A chunk of sequences, in shuffled epochs, under an objective of ``_teacher_shared``.
 
     Leaves are ``[*shape, 34]``.
     """

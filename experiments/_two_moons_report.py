@@ -228,12 +228,12 @@ def _notes(config: Any, found: Found) -> list[str]:
         f"Every method is fine-tuned for {config.finetune_steps} steps of {config.finetune_batch} "
         f"points, at rates of one grid, {list(config.finetune_rates)}. The rate, and whether the "
         "last student or that of the least validation loss of MLM is fine-tuned, are chosen on as "
-        "many other labelled points as there are to learn from; nothing is chosen on test points.",
+        "many other labelled points as there are to learn from.",
         f"Chosen: {chosen}.",
         CHOICE,
         f"A teacher sees {config.teacher_labels} labelled points while it trains: at "
         f"{config.teacher_labels} labels the very points that all methods are fine-tuned on, at "
-        "other numbers these and the ones of that number. MLM sees none.",
+        "other numbers these and the ones of that number. Methods without a teacher see none.",
         "The published numbers are of one seed and of unequal fine-tuning budgets; where there are "
         "two, of the last checkpoint and of the one with the least loss.",
         f"Wall-clock seconds of pre-training and fine-tuning, all seeds together: {seconds}.",

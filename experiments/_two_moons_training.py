@@ -21,9 +21,9 @@ from jax.sharding import PartitionSpec as P
 import jmeta
 from experiments import _two_moons_data as data_of
 from experiments._shared import refuse_unresumed, write_rows
-from experiments._teacher_shared import adamw, mlm_scores
+from experiments._teacher_shared import mlm_scores
 from experiments._two_moons_data import Data
-from experiments._two_moons_methods import Method, network
+from experiments._two_moons_methods import Method, network, optimizer
 from jmeta import methods
 from jmeta.core.types import Array, Info, PyTree
 from jmeta.runtime import checkpoint, distributed
@@ -55,7 +55,7 @@ class Pretrained(NamedTuple):
         best: the students with the least validation loss of MLM.
         meta: the meta-parameters at the end.
         history: the rows of the evaluations.
-        panel: what the first seed's teacher reads and writes at the end; empty for MLM.
+        panel: what the first seed's teacher reads and writes at the end; empty without one.
         seconds: wall time, interrupted attempts included up to their last checkpoint.
     """
 
@@ -211,7 +211,7 @@ def _together(trees: list[Any], axis: int) -> Any:
 
 
 def _begin(config: Any, method: Method) -> Kept:
-    trainer = jmeta.meta_trainer(method.mg, adamw(config.rate, config.warmup))
+    trainer = jmeta.meta_trainer(method.mg, optimizer(config.rate, config.warmup))
 
     def one(key: Array) -> Kept:
         start, run = jax.random.split(key)
@@ -240,7 +240,7 @@ def _programs(
     config: Any, data: Data, method: Method
 ) -> tuple[Callable[..., Any], Callable[[Kept], Any]]:
     """One dispatch of training, and one look at the students and what teaches them."""
-    trainer = jmeta.meta_trainer(method.mg, adamw(config.rate, config.warmup))
+    trainer = jmeta.meta_trainer(method.mg, optimizer(config.rate, config.warmup))
     scores = mlm_scores(network(config, data), _TOGETHER)
     held_out = jax.tree.map(jnp.asarray, data.held_out)
     read = data_of.unlabelled(data.held_out, data.words)

@@ -163,7 +163,7 @@ PRESETS = {
         corpus="embedded", tasks=EMBEDDED, methods=(MLM, "input-only soft", "mask-only"),
         steps=200, warmup=50, vocab=1024, width=32, finetune_steps=100, finetune_warmup=20,
     ),
-    # Sized by what a step of MLM and of mask-only was measured to cost, for an hour on two cores.
+    # Sized for two cores by what a step of MLM and of mask-only was measured to cost.
     "cpu": Config(
         seeds=3, steps=800, batch=8, samples_per_task=4, rate=0.04, warmup=200,
         scored_examples=200, finetune_steps=150, finetune_batch=8, finetune_warmup=50,

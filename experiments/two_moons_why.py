@@ -44,8 +44,8 @@ class Variant(NamedTuple):
 VARIANTS: dict[str, Variant] = {
     MLM: Variant(MLM, {}),
     DENOISING: Variant(
-        DENOISING, {}, remark="no teacher, MLM's corruption, and every token is asked for, as of "
-        "students of teachers, not the hidden ones alone",
+        DENOISING, {}, remark="no teacher, MLM's corruption, and every token is asked for, as where "
+        "a teacher writes everything, not the hidden ones alone",
     ),
     RANDOM: Variant(
         RANDOM, {}, remark="no teacher, MLM with a random token wherever it has [MASK] or leaves a "
@@ -96,7 +96,8 @@ VARIANTS: dict[str, Variant] = {
     ),
     "replacements both": Variant(
         REPLACEMENTS, {"input_weight": 100.0, **JUDGE}, REPLACEMENTS,
-        "the same, scored among classes after ten support steps",
+        "its meta-gradient weighs a hundred times as much, and its student is scored among "
+        "classes after ten support steps",
     ),
 }  # fmt: skip
 # What the last evaluation of pre-training says of student and teacher.

@@ -115,8 +115,8 @@ def soft_teacher(
 
     Args:
         student: what is pre-trained.
-        rewriting: ``inputs_and_labels``, ``inputs_only``, ``masks_only`` or ``class_labels`` of
-            the teacher's network.
+        rewriting: ``inputs_and_labels``, ``inputs_only``, ``replacements``, ``masks_only`` or
+            ``class_labels`` of the teacher's network.
         steps: steps on pseudo-examples in one unroll. With several, an episode's support is
             ``jmeta.Steps`` of as many unlabelled batches, or one batch for all.
         relax: ``expected`` (soft labels), ``straight_through`` or ``gumbel_softmax(...)``.

@@ -130,7 +130,7 @@ def test_checkpoint_and_rate_are_chosen_on_validation_points_alone(data):
     at = {(each["checkpoint"], each["rate"]): each for each in found.candidates}
     assert set(at) == {(c, r) for c in ("latest", "best") for r in config.finetune_rates}
     assert at["best", 0.01]["accuracy"] == found.test.tolist()
-    assert [each["validation"] for each in at.values()] == [1.0, 0.5, 1.0, 1.0]
+    assert [each["validation"] for each in at.values()] == [1.0, 0.0, 1.0, 1.0]
     at["latest", 0.04]["accuracy"] = [0.999]
     assert tuning.luckiest(found) == [0.999]
 
@@ -165,6 +165,14 @@ def test_a_run_leaves_everything_the_contract_names(run):
     assert set(pairs.values()) == {"mlm"}
     beside = {row["method"]: row["published"] for row in results["summary"] if "published" in row}
     assert beside == {"mlm": "0.614 / 0.734"}
+    # Every candidate of a method, and the best of them on test points beside the one chosen.
+    kept = json.loads((run / "methods" / "mlm.json").read_text())
+    best = {
+        n: max(np.mean(each["accuracy"]) for each in of) for n, of in kept["candidates"].items()
+    }
+    bound = {str(row["labels"]): row["mean"] for row in results["summary"]
+             if row["metric"] == page.LUCKIEST and row["method"] == "mlm"}  # fmt: skip
+    assert bound == pytest.approx(best)
 
 
 @pytest.mark.slow

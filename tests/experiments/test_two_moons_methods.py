@@ -45,13 +45,16 @@ def test_denoising_reads_what_masked_language_modelling_reads_and_asks_for_all_o
 
 def test_random_tokens_stand_where_masks_would(data):
     smoke = two_moons.PRESETS["smoke"]
-    batch = methods_of.build(smoke, data, "random tokens").chunk(1, 3).query
-    hidden = batch["weights"] == 1
-    original = np.where(hidden, batch["labels"], batch["tokens"])
-    assert not (batch["tokens"] == data.words.mask).any()
-    # A draw of 288 words or [SEP] is the token itself once in 289.
-    assert (batch["tokens"] != original)[hidden].mean() > 0.9
+    batch, denoised = (
+        methods_of.build(smoke, data, name).chunk(1, 3).query
+        for name in ("random tokens", "denoising")
+    )
+    original, hidden = denoised["labels"], batch["weights"] == 1
+    np.testing.assert_array_equal(batch["labels"][hidden], original[hidden])
     np.testing.assert_array_equal(batch["tokens"][~hidden], original[~hidden])
+    assert not (batch["tokens"] == data.words.mask).any()
+    # A draw of hundreds of ordinary tokens and [SEP] is seldom the token itself.
+    assert (batch["tokens"] != original)[hidden].mean() > 0.9
     assert 0 < hidden.mean() < 0.3
 
 

@@ -32,6 +32,10 @@ def test_a_variant_differs_from_the_published_setting_in_what_it_says_alone(tmp_
         ("hard",),
         {"coefficient": "cosine", "baseline": "none", "weighting": "mean", "hard_weight": 1.0},
     )
+    led = {"input_weight": 100.0}
+    judge = {"among_classes": True, "support_steps": 10}
+    assert changed["replacements led"] == (("replacements",), led)
+    assert changed["replacements both"] == (("replacements",), led | judge)
     folders = {two_moons_why.setting(config, name).out for name in two_moons_why.VARIANTS}
     assert len(folders) == len(changed) == len({str(each) for each in changed.values()})
 
@@ -54,7 +58,8 @@ def test_what_variants_left_becomes_one_table_against_soft_and_hard(tmp_path, ca
     config = dataclasses.replace(two_moons_why.PRESETS["smoke"], out=tmp_path)
     values = {"soft": (0.5, 0.7), "mask bug": (0.4, 0.65), "hard": (0.3, 0.4),
               "hard as published": (0.4, 0.4), "mask-budget": (0.5, 0.5),
-              "among classes": (0.6, 0.8)}  # fmt: skip
+              "among classes": (0.6, 0.8), "replacements": (0.7, 0.7),
+              "replacements led": (0.4, 0.6)}  # fmt: skip
     for name, accuracies in values.items():
         method = two_moons_why.VARIANTS[name].method
         file = two_moons.file_in(two_moons_why.folder_of(config, name), method)
@@ -84,6 +89,8 @@ def test_what_variants_left_becomes_one_table_against_soft_and_hard(tmp_path, ca
     assert by["mask-budget", "accuracy"]["baseline"] == "soft"
     assert by["among classes", "accuracy"]["baseline"] == "mask-budget"
     assert by["among classes", "accuracy"]["paired_difference"] == pytest.approx(0.2)
+    assert by["replacements led", "accuracy"]["baseline"] == "replacements"
+    assert by["replacements led", "accuracy"]["paired_difference"] == pytest.approx(-0.2)
     assert len(by) == len(results["summary"])  # each once
     for name in (
         "differences-soft.png",
