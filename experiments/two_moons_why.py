@@ -44,8 +44,8 @@ class Variant(NamedTuple):
 VARIANTS: dict[str, Variant] = {
     MLM: Variant(MLM, {}),
     DENOISING: Variant(
-        DENOISING, {}, remark="no teacher, MLM's corruption, and every token is asked for, as where "
-        "a teacher writes everything, not the hidden ones alone",
+        DENOISING, {}, remark="no teacher, MLM's corruption, and every token is asked for, as "
+        "where a teacher writes everything, not the hidden ones alone",
     ),
     RANDOM: Variant(
         RANDOM, {}, remark="no teacher, MLM with a random token wherever it has [MASK] or leaves a "
