@@ -179,3 +179,14 @@ def test_one_inner_step_on_a_zero_head_is_a_nearest_mean():
     means = jnp.stack([found[y == c].mean(0) for c in range(3)])
     expected = 0.5 * (means - found.mean(0)[None]) / 3
     np.testing.assert_allclose(fast["head"]["kernel"].T, expected, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["clinc150", "banking77", "huffpost", "hwu64"])
+def test_it_runs_on_every_labelled_source(jmeta_data, source, tmp_path):
+    assert jmeta_data.is_dir()
+    fewshot_text.main(["--preset", "smoke", "--source", source, "--out", str(tmp_path / "run")])
+    scored = accuracies(tmp_path / "run")
+    assert set(scored) == METHODS
+    assert {row["source"] for row in scored.values()} == {source}
+    assert scored["majority"]["value"] == pytest.approx(1 / scored["majority"]["ways"], abs=1e-4)
