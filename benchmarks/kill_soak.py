@@ -1,34 +1,55 @@
 """Kill a training run again and again at random moments, and count what is lost: nothing may be.
 
-``python -m benchmarks.kill_soak --kills 50``. Each life is a process that ends by SIGKILL, most of
-them around a save; the next resumes. The result is compared with a run that nobody disturbed.
+Each life is a process that ends by SIGKILL, most of them around a save; the next resumes. The
+result is compared with a run that nobody disturbed.
 """
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import json
 import multiprocessing
-import os
-import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
-from jmeta.files import write_atomically
-from jmeta.runtime import report
-from jmeta.runtime.provenance import command_of, versions
+from benchmarks.pieces import leave
+from jmeta.runtime import config as configuration
 from jmeta.runtime.statistics import summarise
 
-RESULT = Path(__file__).parent / "results" / "kill_soak.json"
 EVERY = 4  # steps between checkpoints
 TASKS = 4
 LONGEST = 24  # steps of a life, at most
 EXAMPLES, GIVEN = "examples.jsonl", "given.jsonl"  # cut back on resuming; every line ever written
+WANTED = {  # of a run to which kills cost only time
+    "completed checkpoints lost": 0, "examples repeated": 0, "examples skipped": 0,
+    "same examples in the same order": 1, "steps that saw two batches": 0,
+    "final state equal bit for bit": 1,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(configuration.RunConfig):
+    """Kill a run at random moments, resume it, and compare it with one that nobody disturbed."""
+
+    kills: int = 50
+    """How many of its lives end by SIGKILL; a seed chooses the moments."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kills < 1:
+            raise ValueError(f"kills={self.kills}: choose at least 1")
+        if self.resume:
+            raise ValueError("resume: a soak is one piece and keeps nothing to go on from")
+
+
+PRESETS = {"full": Config(), "quick": Config(kills=5)}
 
 
 def examples(step: int) -> np.ndarray:
@@ -210,28 +231,32 @@ def rows_of(found: dict[str, Any], seed: int) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Kill a run at random moments, resume it, compare")
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
-    parser.add_argument("--out", type=Path, default=RESULT, help="run directory, or a .json file")
-    given = parser.parse_args()
-    begun, rng = time.monotonic(), np.random.default_rng(given.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        found = soak(Path(folder), given.kills, given.kills * LONGEST, rng)
-    found["seconds"] = round(time.monotonic() - begun, 1)
-    rows = rows_of(found, given.seed)
-    run = {
-        "command": command_of("benchmarks.kill_soak", sys.argv[1:]),
-        "preset": None,
-        "seeds": [given.seed],
-        "devices": f"{os.cpu_count()} x cpu core",
-        "versions": versions(),
-    }
-    print(json.dumps(found, indent=2))
-    file = report.write_results(given.out, rows, summarise(rows))
-    beside = "run.json" if file.name == "results.json" else f"{file.stem}.run.json"
-    write_atomically(file.with_name(beside), json.dumps(run, indent=2) + "\n")
+def verdict(rows: list[dict[str, Any]]) -> str:
+    """Whether nothing was lost, by the rows of all seeds."""
+    bad = [
+        f"{row['metric']} {row['value']:.0f} (seed {row['seed']})"
+        for row in rows
+        if row["metric"] in WANTED and row["value"] != WANTED[row["metric"]]
+    ]
+    return f"MISSED: {', '.join(bad)}" if bad else "Nothing was lost, repeated or skipped."
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the benchmark."""
+    config = configuration.parse(PRESETS, argv, description=__doc__)
+    configuration.dump(config, Path(config.out))
+    rows: list[dict[str, Any]] = []
+    for seed in tqdm(config.seed_list, desc="soaks", unit="soak"):
+        begun, rng = time.monotonic(), np.random.default_rng(seed)
+        with tempfile.TemporaryDirectory() as folder:
+            found = soak(Path(folder), config.kills, config.kills * LONGEST, rng)
+        rows += rows_of(found | {"seconds": time.monotonic() - begun}, seed)
+    leave(
+        config, "A run that is killed again and again",
+        f"A run is killed {config.kills} times at random moments, resumed each time, and compared "
+        "with one that nobody disturbed.",
+        rows, summarise(rows), notes=[verdict(rows)],
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

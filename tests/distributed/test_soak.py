@@ -1,7 +1,6 @@
 """A few random kills; ``benchmarks/kill_soak.py`` has fifty."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -21,20 +20,47 @@ def test_kills_at_random_moments_cost_only_time(tmp_path):
     assert found["final_state_equal_bit_for_bit"], found
 
 
-def test_what_it_found_is_written_as_results_beside_their_command(tmp_path, monkeypatch):
-    found = {"kills": 3, "steps": 72, "checkpoint_every": 4, "steps_done_again": 5,
-             "completed_checkpoints_lost": 0, "final_state_equal_bit_for_bit": True}  # fmt: skip
+FOUND = {"kills": 3, "steps": 72, "checkpoint_every": 4, "steps_done_again": 5,
+         "completed_checkpoints_lost": 0, "final_state_equal_bit_for_bit": True}  # fmt: skip
+
+
+def soaked(found, out, monkeypatch):
+    """The results of the command where every soak finds the same."""
     monkeypatch.setattr(kill_soak, "soak", lambda folder, kills, steps, rng: dict(found))
-    given = ["--kills", "3", "--seed", "7", "--out"]
-    for out, beside in (("soak.json", "soak.run.json"), ("run", "run/run.json")):
-        monkeypatch.setattr(sys, "argv", ["kill_soak", *given, str(tmp_path / out)])
-        kill_soak.main()
-        run = json.loads((tmp_path / beside).read_text())
-        assert run["command"].startswith("python -m benchmarks.kill_soak --kills 3 --seed 7 --out")
-    results = report.read_results(tmp_path / "soak.json")
-    values = {row["metric"]: row["value"] for row in results["rows"]}
+    kill_soak.main(["--kills", "3", "--seeds", "2", "--first-seed", "7", "--out", str(out)])
+    return report.read_results(out)
+
+
+def test_what_it_found_is_written_as_results_beside_their_command(tmp_path, monkeypatch, capsys):
+    results = soaked(FOUND, tmp_path, monkeypatch)
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["command"].startswith("python -m benchmarks.kill_soak --kills 3 --seeds 2")
+    values = {row["metric"]: row["value"] for row in results["rows"] if row["seed"] == 8}
     assert values.pop("seconds") >= 0
     assert values == {"steps done again": 5.0, "completed checkpoints lost": 0.0,
                       "final state equal bit for bit": 1.0}  # fmt: skip
-    assert {(row["seed"], row["kills"], row["steps"]) for row in results["rows"]} == {(7, 3, 72)}
+    settings = {(row["seed"], row["kills"], row["steps"]) for row in results["rows"]}
+    assert settings == {(7, 3, 72), (8, 3, 72)}
     assert {row["metric"]: row["mean"] for row in results["summary"]}.items() >= values.items()
+    assert "Nothing was lost" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"completed_checkpoints_lost": 2}, "MISSED: completed checkpoints lost 2 (seed 7)"),
+        ({"final_state_equal_bit_for_bit": False}, "MISSED: final state equal bit for bit 0"),
+    ],
+)
+def test_what_was_lost_is_said(tmp_path, monkeypatch, capsys, changed, said):
+    soaked(FOUND | changed, tmp_path, monkeypatch)
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [("--kills=0", "at least 1"), ("--resume", "one piece")]
+)
+def test_settings_that_cannot_be_are_refused(given, said, capsys):
+    with pytest.raises(SystemExit):
+        kill_soak.main([given])
+    assert said in capsys.readouterr().err
