@@ -15,7 +15,6 @@ from jmeta.runtime.statistics import summarise
 OTHER = {
     "tpu_plans": "compiled programs, one whole plan a row",
     "tpu_reductions": "collectives of a program",
-    "kill_soak": "counts of one soak, without rows; its command is inside",
 }
 RESULT_FILES = sorted(
     file
