@@ -1,5 +1,7 @@
 """Hard teachers against full enumeration of a world of three words, in float64."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,6 +90,7 @@ BASELINES = {
     [
         ("negative_loss", "moving average"),
         ("loss_difference", "leave one out"),
+        ("exact", "leave one out"),  # of Two Moons
         # One program each: the rest where time does not count.
         ("negative_loss", "none"),
         ("negative_loss", "leave one out"),
@@ -118,11 +121,18 @@ def test_estimate_is_unbiased_under_every_baseline(kind, name):
         batch = {"tokens": drawn[None], "labels": tokens, "mask": ones, "weights": ones}
         return scored(stepped(batch, jnp.ones(1)), episode)
 
+    def slope(tokens, drawn, episode):
+        """What the score changes by with the weight of the drawn example."""
+        ones = np.ones((1, 2))
+        batch = {"tokens": drawn[None], "labels": tokens, "mask": ones, "weights": ones}
+        return jax.grad(lambda weight: scored(stepped(batch, weight), episode))(jnp.ones(1))[0]
+
     def objective(meta):
         total = 0.0
         for i in range(2):
             tokens = data.support["tokens"][i]
-            each = jax.vmap(lambda z, i=i, t=tokens: after(t, z, at(data, i)))(every)
+            of = slope if kind == "exact" else after
+            each = jax.vmap(lambda z, i=i, t=tokens, of=of: of(t, z, at(data, i)))(every)
             total = total + jnp.sum(likely(meta, tokens[0]) * each) / 2
         return total
 
@@ -230,6 +240,36 @@ def classifier(params, batch, key):
     return -(target * log_p).sum(-1).mean(), {}
 
 
+def drawn_mean(learner, network, meta, x, query, labels, draws=8000):
+    """The mean over real draws under a moved baseline, what it is by enumeration, its error."""
+    data = Episode(
+        {"x": x[None]}, Episode(None, {"x": query[None, None], "labels": labels[None, None]})
+    )
+    learner = learner._replace(optimizer=optax.sgd(2.0))
+    mg = methods.meta_pseudo_labels(learner, network, coefficient="negative_loss")
+    state = mg.init(meta, None)._replace(baseline=(jnp.asarray(-0.6), jnp.asarray(0.7)))
+
+    def objective(meta):
+        log_p, total = jax.nn.log_softmax(x @ meta, axis=-1), 0.0
+        for said in itertools.product(range(2), repeat=3):
+            said = np.asarray(said)
+            slope = jax.grad(lambda w, y=said: classifier(w, {"x": x, "labels": y}, None)[0])
+            params = learner.start(None)
+            value = classifier(params - 2.0 * slope(params), {"x": query, "labels": labels}, None)[
+                0
+            ]
+            total += jnp.exp(log_p[jnp.arange(3), said].sum()) * value
+        return total
+
+    @jax.jit
+    def both(meta):
+        keys = jax.random.split(jax.random.key(5), draws)
+        each = jax.vmap(lambda key: mg.estimate(meta, state, data, key)[0])(keys)
+        return each.mean(0), jax.grad(objective)(meta), each.std(0) / draws**0.5
+
+    return both(meta)
+
+
 def test_meta_pseudo_labels_has_its_closed_form():
     """h grad(-log T), h = eta <grad L(theta_1), grad of the pseudo-loss at theta_0>."""
     keys = jax.random.split(jax.random.key(4), 4)
@@ -263,6 +303,10 @@ def test_meta_pseudo_labels_has_its_closed_form():
         grads, _, _ = estimated(mg, meta, data, jax.random.key(0))
         assert float(jnp.abs(oracle).max()) > 1e-3  # the released code's term is identically zero
         assert relative_error(grads, oracle) < 1e-12
+
+    mean, expected, error = drawn_mean(learner, network, meta, x, query, labels)
+    assert (jnp.abs(mean - expected) <= 4 * error).all()
+    assert float((jnp.abs(expected) / error).max()) > 15  # an error of half of it is seen
 
     with pytest.raises(ValueError, match="set 0, or use hard_teacher"):
         methods.meta_pseudo_labels(learner._replace(support_steps=1), network)
