@@ -24,6 +24,18 @@ TABLES: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
 
 
 NETWORKS = "networks"  # a place of two results
+BARS = "bars"  # a place of all results that are held to bars
+JUDGED: dict[str, Callable[[Sequence[dict[str, Any]]], list[str]]] = {
+    "second_order_cost-lm": lambda rows: [
+        *second_order_bars.bars(rows),
+        *second_order_bars.errors(rows),
+    ],
+    "second_order_cost-lm-rows": second_order_bars.bars,
+    "second_order_cost-mlp": second_order_bars.errors,
+    "second_order_cost-conv": second_order_bars.errors,
+    "peers": peers.bars,
+    "auto": auto.bars,
+}
 # Those that stand in the place itself, since they may not be there yet.
 PICTURES = {
     "auto": "time and memory of what jmeta.auto chose",
@@ -46,7 +58,21 @@ def places(folder: Path = readme.RESULTS) -> dict[str, str | None]:
         results = {name: readme.read(name, folder) for name in small}
         table = second_order_bars.networks({name: r["rows"] for name, r in results.items()})
         filled[NETWORKS] = "\n".join([table, "", *map(made_by, results.values())])
+    if held := held_to(folder):
+        filled[BARS] = held
     return filled
+
+
+def held_to(folder: Path = readme.RESULTS) -> str:
+    """What every committed result is held to: a list for each, those that are missed in bold."""
+    blocks = []
+    for name, bars in JUDGED.items():
+        if (folder / f"{name}.json").exists():
+            result = readme.read(name, folder)
+            lines = sorted(bars(result["rows"]), key=lambda line: "MISSED" not in line)
+            said = [f"- **{line}**" if "MISSED" in line else f"- {line}" for line in lines]
+            blocks.append("\n".join([f"`{name}`: {made_by(result)}", "", *said]))
+    return "\n\n".join(blocks)
 
 
 def made_by(result: dict[str, Any]) -> str:

@@ -53,7 +53,7 @@ def test_a_result_is_published_into_an_empty_place(run, tmp_path, monkeypatch, c
 
 def test_the_page_has_a_place_for_every_result_that_may_come():
     text = cost_page.PAGE.read_text(encoding="utf-8")
-    every = dict.fromkeys([*cost_page.TABLES, cost_page.NETWORKS])
+    every = dict.fromkeys([*cost_page.TABLES, cost_page.NETWORKS, cost_page.BARS])
     assert readme.fill(text, every) == text
 
 
