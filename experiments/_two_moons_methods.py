@@ -97,6 +97,7 @@ def _teacher(config: Any, data: Data, name: str, shape: TransformerConfig, loss:
     rewriting, start = shared.rewriting(name, data.words, shape)
     auxiliary = None
     if name not in MASKS:
+        # With [PAD] among its classes, which is never one of its labels: as published.
         writer = functools.partial(teacher_lm.write, shape)
         auxiliary = methods.mlm_auxiliary(methods.two_head_loss(writer))
     student = shared.student(config, shape, loss)

@@ -323,9 +323,11 @@ def test_both_heads_of_a_teacher_are_watched_whatever_it_writes(config, data):
             continue
         meta = jax.eval_shape(method.start, jax.random.key(0))
         watched = jax.eval_shape(method.monitor, meta, read)
-        heads = {key.partition("_")[0] for key in watched}
-        assert heads == {shared.REPLACEMENTS: {"inputs"}}.get(
-            name, {"masked", "mask"} if name in shared.MASKS else {"inputs", "labels"}
+        heads = ("inputs",) if name == shared.REPLACEMENTS else ("inputs", "labels")
+        of_heads = ("entropy", "confidence", "variety", "copied", "masked", "label_tokens")
+        expected = {f"{head}_{what}" for head in heads for what in of_heads}
+        assert watched.keys() == (
+            {"mask_rate", "masked_entropy"} if name in shared.MASKS else expected
         )
 
 

@@ -329,6 +329,16 @@ def test_a_loss_that_is_not_finite_ends_a_method_and_is_told(data, tmp_path):
         training.pretrain(smoke, data, "mlm", method, tmp_path)
 
 
+def watched_of(name):
+    """What the log says of a method's teacher."""
+    if name in shared.MASKS:
+        return ["mask_rate", "masked_entropy", "meta_norm"]
+    heads = ("inputs",) if name == shared.REPLACEMENTS else ("inputs", "labels")
+    of_heads = ("entropy", "confidence", "variety", "copied", "masked", "label_tokens")
+    named = [f"{head}_{what}" for head in heads for what in of_heads]
+    return [*named, "meta_norm", "auxiliary_norm", "cosine"]
+
+
 @pytest.mark.slow
 def test_every_method_runs_and_seeds_are_what_each_is_alone(tmp_path):
     both, alone = tmp_path / "both", tmp_path / "alone"
@@ -341,9 +351,11 @@ def test_every_method_runs_and_seeds_are_what_each_is_alone(tmp_path):
     teachers = [name for name in methods_of.METHODS if name not in shared.CORRUPTIONS]
     for name in teachers:
         file = both / "methods" / f"{name.replace(' ', '-')}.json"
-        [*_, last] = json.loads(file.read_text())["history"]
-        shown = "mask_rate" if name in shared.MASKS else "inputs_entropy"
-        assert np.isfinite([last[f"{shown}_seed{seed}"] for seed in (0, 1)]).all()
+        history = json.loads(file.read_text())["history"]
+        assert len(history) == 2
+        for row in history:  # monitors at every evaluation, of every seed
+            watched = [row[f"{key}_seed{seed}"] for key in watched_of(name) for seed in (0, 1)]
+            assert np.isfinite(watched).all()
     two_moons.main([*SMOKE, "--seeds", "1", "--first-seed", "1", "--methods", "mlm",
                     "input-only soft", "--out", str(alone)])  # fmt: skip
     for name in ("mlm", "input-only-soft"):
