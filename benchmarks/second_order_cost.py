@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import jmeta
 from benchmarks import peers_jax
@@ -260,6 +261,10 @@ def measure(config: Config, steps: int, process: int) -> list[dict[str, Any]]:
             # Reptile follows something else, and implicit has a problem of its own.
             if name not in ("reptile", IMPLICIT) or metric != "error":
                 rows.append(row | {"metric": metric, "value": value})
+    if judged.AT_ROUNDED in errors:
+        row = {"method": judged.AT_ROUNDED, "seed": process, "metric": "error"}
+        row |= {"model": config.model, "steps": steps}
+        rows.append(row | {"value": errors[judged.AT_ROUNDED]})
     return rows
 
 
@@ -277,7 +282,36 @@ def errors_of(
             references[kind] = cost.exact_reference(same.setting.problem, steps, meta, episode)
         grads = programs[cell.name].run(cell.setting.meta, cell.setting.episode)
         errors[cell.name] = cost.gradient_error(grads, references[kind])
+    if config.model != "lm":  # whose float64 takes minutes, and whose gradient has no kinks
+        [reference] = references.values()
+        errors[judged.AT_ROUNDED] = at_rounded(exact[0].setting, steps, reference)
     return errors
+
+
+def at_rounded(setting: Setting, steps: int, reference: PyTree, trials: int = 3) -> float:
+    """How much the float64 gradient changes where the weights differ by float32's rounding.
+
+    Args:
+        setting: the problem, in float32.
+        steps: inner steps.
+        reference: its float64 gradient.
+        trials: random roundings, each entry by up to half of its last binary digit.
+
+    Returns:
+        The largest difference of the median trial, over the largest entry of the reference. No
+        gradient that is computed from float32 weights can be held to less.
+    """
+    rng, found = np.random.default_rng(0), []
+
+    def rounded(leaf: Any) -> np.ndarray:
+        exact = np.asarray(leaf, np.float64)
+        return exact * (1 + rng.uniform(-(2.0**-24), 2.0**-24, exact.shape))
+
+    for _ in range(trials):
+        meta = jax.tree.map(rounded, setting.meta)
+        moved = cost.exact_reference(setting.problem, steps, meta, setting.episode)
+        found.append(cost.gradient_error(moved, reference))
+    return cost.median(found)
 
 
 def growth(config: Config) -> list[dict[str, Any]]:
