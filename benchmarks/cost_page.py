@@ -11,7 +11,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import auto, peers, readme, scaling_laws, second_order_bars, what_it_buys
+from benchmarks import (
+    auto,
+    fast_weights_cost,
+    minilm_maml,
+    peers,
+    readme,
+    scaling_laws,
+    second_order_bars,
+    what_it_buys,
+)
 from jmeta.files import write_atomically
 
 PAGE = readme.ROOT / "docs" / "cost.md"
@@ -26,15 +35,16 @@ TABLES: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
 NETWORKS = "networks"  # a place of two results
 BARS = "bars"  # a place of all results that are held to bars
 JUDGED: dict[str, Callable[[Sequence[dict[str, Any]]], list[str]]] = {
-    "second_order_cost-lm": lambda rows: [
-        *second_order_bars.bars(rows),
-        *second_order_bars.errors(rows),
-    ],
-    "second_order_cost-lm-rows": second_order_bars.bars,
+    **dict.fromkeys(
+        ("second_order_cost-lm", "second_order_cost-lm-rows"),
+        lambda rows: [*second_order_bars.bars(rows), *second_order_bars.errors(rows)],
+    ),
     "second_order_cost-mlp": second_order_bars.errors,
     "second_order_cost-conv": second_order_bars.errors,
     "peers": peers.bars,
     "auto": auto.bars,
+    "fast_weights_cost": fast_weights_cost.bars,
+    "minilm_maml": minilm_maml.bars,
 }
 # Those that stand in the place itself, since they may not be there yet.
 PICTURES = {

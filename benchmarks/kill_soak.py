@@ -244,13 +244,14 @@ def verdict(rows: list[dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     config = configuration.parse(PRESETS, argv, description=__doc__)
-    configuration.dump(config, Path(config.out))
     rows: list[dict[str, Any]] = []
     for seed in tqdm(config.seed_list, desc="soaks", unit="soak"):
         begun, rng = time.monotonic(), np.random.default_rng(seed)
         with tempfile.TemporaryDirectory() as folder:
             found = soak(Path(folder), config.kills, config.kills * LONGEST, rng)
         rows += rows_of(found | {"seconds": time.monotonic() - begun}, seed)
+    # Not before: it asks what devices there are, and a GPU or TPU is the lives' to hold.
+    configuration.dump(config, Path(config.out))
     leave(
         config, "A run that is killed again and again",
         f"A run is killed {config.kills} times at random moments, resumed each time, and compared "

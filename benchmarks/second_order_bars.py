@@ -15,7 +15,7 @@ JUDGED = ("mixed_mode, block remat", "unrolled", "mixed_mode, products kept", "m
 WRITTEN_OUT = "unrolled, written out"  # all kept, and nothing stacked: the least work there is
 LORA_FIRST = "LoRA, first order"
 LORA = ("LoRA, mixed_mode", "LoRA, mixed_mode, products kept")
-# The float64 gradient where the weights differ by float32's rounding: what no float32 can know.
+# The float64 gradient where the weights differ by float32's rounding.
 AT_ROUNDED = "float64 at rounded weights"
 # Not the exact gradient, and said to be none.
 INEXACT = ("first_order", "reptile", "mixed_mode, rounded", "evolution", LORA_FIRST, AT_ROUNDED)

@@ -160,8 +160,8 @@ def draw(config: Any, found: Found, summary: Sequence[Row]) -> list[Figure]:
          "The loss that a teacher descends: of its student on query examples, after its steps "
          "on support examples. Methods with MLM among their tasks have other queries."),
         ("mlm", found, "looks", ("loss",), "MLM loss",
-         "The students' loss of masked language modelling on held-out text, which only MLM's "
-         "are trained on as it is."),
+         "The students' loss of masked language modelling on held-out text: the loss that only "
+         "MLM's students are trained on."),
         ("entropy", found, "looks", _ENTROPIES, "entropy, nats",
          "Mean entropy of what a teacher writes; towards zero, it always writes the same."),
         ("shares", found, "looks", _SHARES, "probability",

@@ -55,6 +55,23 @@ def test_the_page_has_a_place_for_every_result_that_may_come():
     text = cost_page.PAGE.read_text(encoding="utf-8")
     every = dict.fromkeys([*cost_page.TABLES, cost_page.NETWORKS, cost_page.BARS])
     assert readme.fill(text, every) == text
+    assert readme.fill(text, cost_page.places()) == text  # and says what is committed
+
+
+def test_bars_that_are_missed_come_first_and_in_bold(tmp_path):
+    for model, error in (("mlp", 1e-7), ("conv", 1e-3)):
+        rows = [{"method": "unrolled", "seed": 0, "metric": "error", "model": model, "steps": steps,
+                 "value": value} for steps, value in ((1, 1e-8), (5, error))]  # fmt: skip
+        file = tmp_path / f"second_order_cost-{model}.json"
+        file.write_text(json.dumps({"rows": rows, "summary": []}))
+    blocks = cost_page.held_to(tmp_path).split("\n\n")
+    assert [block.partition("`:")[0] for block in blocks[::2]] == [
+        "`second_order_cost-mlp", "`second_order_cost-conv"
+    ]  # fmt: skip
+    mlp, conv = (block.splitlines() for block in blocks[1::2])
+    assert [line.startswith("- **") for line in mlp] == [False, False]
+    assert [line.startswith("- **conv, 5 inner") for line in conv] == [True, False]
+    assert conv[0].endswith("MISSED)**")
 
 
 def test_small_networks_are_shown_in_multiples_of_first_order():

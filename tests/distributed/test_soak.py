@@ -13,6 +13,7 @@ from jmeta.runtime import report
 @pytest.mark.slow
 def test_kills_at_random_moments_cost_only_time(tmp_path):
     found = soak(tmp_path, kills=5, steps=150, rng=np.random.default_rng())
+    assert {row["metric"] for row in kill_soak.rows_of(found, 0)} >= kill_soak.WANTED.keys()
     assert found["completed_checkpoints_lost"] == 0, found
     assert found["examples_repeated"] == found["examples_skipped"] == 0, found
     assert found["same_examples_in_the_same_order"], found
