@@ -238,6 +238,7 @@ def verdict(rows: list[dict[str, Any]]) -> str:
         for row in rows
         if row["metric"] in WANTED and row["value"] != WANTED[row["metric"]]
     ]
+    bad += [f"{name} is not counted" for name in WANTED.keys() - {row["metric"] for row in rows}]
     return f"MISSED: {', '.join(bad)}" if bad else "Nothing was lost, repeated or skipped."
 
 

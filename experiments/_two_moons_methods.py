@@ -102,7 +102,7 @@ def _teacher(config: Any, data: Data, name: str, shape: TransformerConfig, loss:
         auxiliary = methods.mlm_auxiliary(methods.two_head_loss(writer))
     student = shared.student(config, shape, loss)
     student = student._replace(
-        optimizer=optax.flatten(student.optimizer),
+        optimizer=optimizer(config.rate, config.warmup),
         support_optimizer=optax.flatten(student.support_optimizer),
     )
     options: dict[str, Any] = {"steps": config.inner_steps, "auxiliary": auxiliary}

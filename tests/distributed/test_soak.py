@@ -22,7 +22,7 @@ def test_kills_at_random_moments_cost_only_time(tmp_path):
 
 
 FOUND = {"kills": 3, "steps": 72, "checkpoint_every": 4, "steps_done_again": 5,
-         "completed_checkpoints_lost": 0, "final_state_equal_bit_for_bit": True}  # fmt: skip
+         **{name.replace(" ", "_"): value for name, value in kill_soak.WANTED.items()}}  # fmt: skip
 
 
 def soaked(found, out, monkeypatch):
@@ -38,8 +38,7 @@ def test_what_it_found_is_written_as_results_beside_their_command(tmp_path, monk
     assert run["command"].startswith("python -m benchmarks.kill_soak --kills 3 --seeds 2")
     values = {row["metric"]: row["value"] for row in results["rows"] if row["seed"] == 8}
     assert values.pop("seconds") >= 0
-    assert values == {"steps done again": 5.0, "completed checkpoints lost": 0.0,
-                      "final state equal bit for bit": 1.0}  # fmt: skip
+    assert values == {"steps done again": 5.0, **kill_soak.WANTED}
     settings = {(row["seed"], row["kills"], row["steps"]) for row in results["rows"]}
     assert settings == {(7, 3, 72), (8, 3, 72)}
     assert {row["metric"]: row["mean"] for row in results["summary"]}.items() >= values.items()
@@ -56,6 +55,12 @@ def test_what_it_found_is_written_as_results_beside_their_command(tmp_path, monk
 def test_what_was_lost_is_said(tmp_path, monkeypatch, capsys, changed, said):
     soaked(FOUND | changed, tmp_path, monkeypatch)
     assert said in capsys.readouterr().out
+
+
+def test_what_is_not_counted_is_no_success():
+    rows = [{"metric": name, "seed": 0, "value": value} for name, value in kill_soak.WANTED.items()]
+    assert kill_soak.verdict(rows).startswith("Nothing was lost")
+    assert kill_soak.verdict(rows[1:]) == "MISSED: completed checkpoints lost is not counted"
 
 
 @pytest.mark.parametrize(

@@ -182,9 +182,9 @@ def test_one_inner_step_on_a_zero_head_is_a_nearest_mean():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("jmeta_data")
 @pytest.mark.parametrize("source", ["clinc150", "banking77", "huffpost", "hwu64"])
-def test_it_runs_on_every_labelled_source(jmeta_data, source, tmp_path):
-    assert jmeta_data.is_dir()
+def test_it_runs_on_every_labelled_source(source, tmp_path):
     fewshot_text.main(["--preset", "smoke", "--source", source, "--out", str(tmp_path / "run")])
     scored = accuracies(tmp_path / "run")
     assert set(scored) == METHODS
