@@ -340,10 +340,10 @@ def _next(batches: Batches, done: int, steps: int) -> PyTree:
 def _compile(
     mg: MetaGradient, outer_optimizer: optax.GradientTransformation, now: nonfinite.Guarded
 ) -> Callable[..., tuple[nonfinite.Guarded, Info]]:
-    """The guarded step; over several devices the state keeps its layout from step to step."""
+    """The guarded step; on a mesh the state keeps its layout, or the next step compiled again."""
     step = partial(nonfinite.guarded_step, mg, outer_optimizer)
     layout = jax.tree.map(lambda leaf: leaf.sharding, now)
-    if layout.failed.num_devices == 1:
+    if not isinstance(layout.failed, jax.sharding.NamedSharding):
         return jax.jit(step, donate_argnums=0)
     return jax.jit(step, donate_argnums=0, out_shardings=(layout, layout.failed))
 
@@ -351,14 +351,11 @@ def _compile(
 def _on_one_mesh(now: nonfinite.Guarded, episodes: PyTree) -> nonfinite.Guarded:
     """If the episodes or part of the state are on a mesh, the rest of the state too, replicated."""
     shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves((now, episodes))]
-    meshes = [
-        sharding.mesh
-        for sharding in shardings
-        if isinstance(sharding, jax.sharding.NamedSharding) and sharding.num_devices > 1
-    ]
-    if not meshes:
+    named = [each for each in shardings if isinstance(each, jax.sharding.NamedSharding)]
+    if not named:
         return now
-    everywhere = jax.sharding.NamedSharding(meshes[0], jax.sharding.PartitionSpec())
+    mesh = max(named, key=lambda each: each.num_devices).mesh
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     return jax.tree.map(
         lambda leaf: leaf if leaf.sharding.num_devices > 1 else jax.device_put(leaf, everywhere),
         now,

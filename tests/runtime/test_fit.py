@@ -16,7 +16,7 @@ import pytest
 from least_squares import MG, OUTER, START, batches, bits, distance, episode, estimate
 
 from jmeta.core.types import Info
-from jmeta.runtime import checkpoint, metrics
+from jmeta.runtime import checkpoint, metrics, parallel
 from jmeta.runtime.fit import (
     NonFiniteError,
     RecompilationWarning,
@@ -165,6 +165,7 @@ def test_a_step_that_is_not_finite_leaves_what_reproduces_it(tmp_path):
     state, data = load_dump(tmp_path / "nan-14", init(START, jax.random.key(0)), episode(0))
     assert bits(state) == bits(healthy.state)  # the state before the step that failed
     np.testing.assert_array_equal(data["x"], poisoned(13)["x"])
+    step = jax.jit(step)
     assert math.isnan(step(state, data)[1].loss)
     assert math.isfinite(step(state, episode(13))[1].loss)
     report = json.loads((tmp_path / "nan-14" / "report.json").read_text())
@@ -247,6 +248,15 @@ def test_a_steady_run_compiles_once_and_warns_of_nothing():
     assert len(traced) == 1
 
 
+@pytest.mark.parametrize("on_a_mesh", [False, True])
+def test_a_run_on_one_device_compiles_its_step_once(caplog, on_a_mesh):
+    mesh = parallel.make_mesh(devices=jax.devices()[:1]) if on_a_mesh else None
+    with jax.log_compiles():
+        fit(MG, OUTER, START, batches(), steps=4, progress=False, mesh=mesh)
+    said = [record.getMessage() for record in caplog.records]
+    assert sum(text.startswith("Compiling jit(guarded_step)") for text in said) == 1, said
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -303,8 +313,10 @@ def test_a_bar_where_there_is_one():
 
 def test_the_gradients_beside_the_step_are_those_it_applied():
     state = meta_trainer(MG, optax.sgd(0.5)).init(START, jax.random.key(0))
-    after, _, grads = advance(MG, optax.sgd(0.5), state, episode(0))
-    np.testing.assert_allclose(after.meta["w"], state.meta["w"] - 0.5 * grads["w"], rtol=1e-6)
+    step = jax.jit(lambda state, data: advance(MG, optax.sgd(0.5), state, data))
+    after, _, grads = step(state, episode(0))
+    expected = np.asarray(state.meta["w"]) - 0.5 * np.asarray(grads["w"])
+    np.testing.assert_allclose(after.meta["w"], expected, rtol=1e-6)
 
 
 def test_the_wait_for_data_is_a_share_of_the_steps_without_evaluations(monkeypatch):
