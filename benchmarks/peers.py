@@ -195,7 +195,13 @@ def timing(problem: Path, kind: str, repeats: int, minutes: float) -> Rows:
                 if repeat and "seconds" in reply:
                     seconds[row].append(reply["seconds"])
                 time.sleep(PAUSE)
-    rows: Rows = [failed(kind, row, why) for row, why in errors.items() if not seconds[row]]
+    # Who failed after some turns keeps their median, and says so beside it.
+    rows: Rows = [
+        measured(kind, row, f"ended after {n} turns: {why}", n)
+        if (n := len(seconds[row]))
+        else failed(kind, row, why)
+        for row, why in errors.items()
+    ]
     for row, values in seconds.items():
         if values:
             rows.append({"method": row, "seed": 0, "problem": kind, "metric": "seconds",
