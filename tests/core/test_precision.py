@@ -42,21 +42,21 @@ def run(mg, meta, episode, key=None):
 
 
 def tokens(seed, *shape):
-    return jax.random.randint(jax.random.key(seed), (*shape, 8), 0, 13)
+    return np.random.default_rng(seed).integers(0, 13, (*shape, 8), np.int32)
 
 
 def test_bfloat16_compute_gives_float32_meta_gradients_of_both_modes():
     config, half = language_model(BF16)
     _, full = language_model(None)
 
-    @jax.jit
-    def larger():  # than the initial weights, so that curvature matters
-        return jax.tree.map(
-            lambda x: x + 0.2 * jax.random.normal(jax.random.key(x.size), x.shape),
-            transformer.init(config, jax.random.key(0)),
-        )
+    rng = np.random.default_rng(0)
 
-    meta = larger()
+    def draw(path, leaf):  # larger than the initial weights, so that curvature matters
+        centre = float(path[-1].key == "scale")
+        return (centre + 0.15 * rng.normal(size=leaf.shape)).astype(leaf.dtype)
+
+    shapes = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
+    meta = jax.tree_util.tree_map_with_path(draw, shapes)
     episode = Episode(tokens(1, 2, 4), tokens(2, 2, 4))
     wrap = lambda mg: jmeta.over_tasks(mg, microbatch=1)
     exact = run(wrap(jmeta.unrolled(full, 3)), meta, episode)[0]
@@ -93,11 +93,10 @@ MAKERS = {
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_weights_kept_in_bfloat16_keep_their_dtype(name):
-    w = jnp.linspace(-1.0, 1.0, 8)
     run_at = lambda dtype: run(
         MAKERS[name](LINEAR, 2),
-        {"w": w.astype(dtype)},
-        Episode(jnp.zeros(8, dtype), jnp.ones(8, dtype)),
+        {"w": np.linspace(-1.0, 1.0, 8).astype(dtype)},
+        Episode(np.zeros(8, dtype), np.ones(8, dtype)),
         jax.random.key(0),
     )
     grads, _, info = run_at(BF16)
@@ -139,12 +138,12 @@ def test_meta_of_two_dtypes_keeps_both(name):
 @pytest.mark.parametrize("microbatch", [None, 1])
 def test_bfloat16_meta_gradients_are_summed_in_float32(microbatch):
     # 256 + 1 + 1 + ... is 256 in bfloat16, whatever follows.
-    targets = jnp.asarray([256.0, *[1.0] * 255])
+    targets = np.asarray([256.0, *[1.0] * 255], np.float32)
     loss = lambda f, m, b, k: (f.astype(jnp.float32) * b, {})
     mg = jmeta.over_tasks(
         jmeta.unrolled(Problem(loss, loss, lambda m: optax.sgd(0.1)), 0), microbatch=microbatch
     )
-    grads = mg.estimate(jnp.ones((), BF16), (), Episode(targets, targets), None)[0]
+    grads = run(mg, jnp.ones((), BF16), Episode(targets, targets))[0]
     assert grads.dtype == BF16
     assert float(grads) == float(jnp.asarray(511 / 256, BF16))
 
@@ -158,7 +157,7 @@ def test_float32_losses_run_while_64_bit_types_are_enabled():
         chunk = jnp.zeros(3, jnp.float32)
         episode = Episode(Steps(jnp.stack([chunk] * 2)), chunk)
         mg = jmeta.truncated(problem, 2, window=2)
-        grads, _, info = mg.estimate(meta, (), episode, None)
+        grads, _, info = jax.jit(mg.estimate)(meta, (), episode, None)
     assert grads["w"].dtype == info.inner_losses.dtype == jnp.float32
 
 

@@ -1,6 +1,8 @@
 """Scans over inner steps: whatever is recomputed, values and gradients are those of a loop."""
 # ruff: noqa: E731
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,17 +22,23 @@ def logistic(carry, x):
 WAYS = [{"remat": "step"}, {"remat": "nested"}, {"remat": "offload"}, {"loop": "unroll"}]
 
 
+# At module level, so that every way is compared with one and the same plain scan.
+@functools.partial(jax.jit, static_argnums=2)
+def run(a, u, way):
+    length = u.size
+
+    def value(a, u):
+        start = {"a": a, "n": jnp.asarray(0)}
+        carry, (ys, others) = scan_steps(logistic, start, {"u": u}, length, **dict(way))
+        return carry["a"] + jnp.vdot(ys, jnp.arange(1.0, length + 1)), (ys, others["n"])
+
+    return jax.value_and_grad(value, argnums=(0, 1), has_aux=True)(a, u)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_remat_and_loop_change_neither_values_nor_gradients_at_any_length(way):
     for length in (1, 2, 5, 8, 13):
-        u = jnp.linspace(0.0, 1.0, length)
-
-        def value(a, u, way, length=length):
-            start = {"a": a, "n": jnp.asarray(0)}
-            carry, (ys, others) = scan_steps(logistic, start, {"u": u}, length, **dict(way))
-            return carry["a"] + jnp.vdot(ys, jnp.arange(1.0, length + 1)), (ys, others["n"])
-
-        run = jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True), static_argnums=2)
+        u = np.linspace(0.0, 1.0, length)
         (plain, outputs), slopes = run(0.3, u, ())
         (again, other_outputs), other_slopes = run(0.3, u, tuple(way.items()))
         assert float(again) == pytest.approx(float(plain), rel=1e-13)

@@ -25,13 +25,21 @@ def network(width=16, rate=0.1):
         return jnp.mean((hidden @ params["v"]) ** 2), {}
 
     problem = jmeta.Problem(loss, loss, lambda meta: optax.sgd(rate))
-    keys = jax.random.split(jax.random.key(0), 3)
-    meta = {
-        "w": jax.random.normal(keys[0], (4, width)),
-        "v": jax.random.normal(keys[1], (width, 1)),
-    }
-    episode = jmeta.Episode(jax.random.normal(keys[2], (64, 4)), jnp.ones((64, 4)))
-    return problem, meta, episode
+    rng = np.random.default_rng(0)
+    shapes = {"w": (4, width), "v": (width, 1), "x": (64, 4)}
+    made = {name: jnp.asarray(rng.normal(size=n), jnp.float32) for name, n in shapes.items()}
+    episode = jmeta.Episode(made.pop("x"), np.ones((64, 4), np.float32))
+    return problem, made, episode
+
+
+@pytest.fixture(scope="module")
+def q():
+    return quadratic()
+
+
+def many(q, scales):
+    """An episode of the quadratic at each scale."""
+    return jax.tree.map(lambda x: np.stack([scale * np.asarray(x) for scale in scales]), q.episode)
 
 
 def planned(mg, meta, episode):
@@ -41,8 +49,7 @@ def planned(mg, meta, episode):
     return memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
 
 
-def test_the_gradient_is_exact_whatever_is_chosen(tmp_path):
-    q = quadratic()
+def test_the_gradient_is_exact_whatever_is_chosen(q, tmp_path):
     mg = jmeta.auto(q.problem, 3, memory="1MiB", folder=tmp_path)
     grads, state, info = mg.estimate(q.meta, mg.init(q.meta, None), q.episode, None)
     np.testing.assert_allclose(grads, q.exact(3), atol=1e-5)
@@ -50,47 +57,48 @@ def test_the_gradient_is_exact_whatever_is_chosen(tmp_path):
     assert info.inner_losses.shape == (3,)
 
 
-def test_a_choice_is_made_inside_jit_vmap_and_grad(tmp_path):
-    q = quadratic()
+def test_a_choice_is_made_inside_jit_vmap_and_grad(q, tmp_path):
     chosen = []
-    mg = jmeta.auto(q.problem, 2, folder=tmp_path, report=chosen.append)
+    mg = jmeta.auto(q.problem, 1, folder=tmp_path, report=chosen.append)
 
     def one(meta, key):
         return mg.estimate(meta, (), q.episode, key)[0]
 
-    key = jax.random.key(1)
-    np.testing.assert_allclose(jax.jit(one)(q.meta, key), q.exact(2), atol=1e-5)
-    several = jax.vmap(lambda m: one(m, key))(jnp.stack([q.meta, q.meta]))
-    np.testing.assert_allclose(several, jnp.stack([q.exact(2)] * 2), atol=1e-5)
-    # The gradient of a quadratic is linear in meta, so that its Jacobian says the same.
-    step = jax.jacfwd(lambda m: one(m, key))(q.meta) @ jnp.ones(5)
+    key, start, exact = jax.random.key(1), np.asarray(q.meta), np.asarray(q.exact(1))
+    at = jax.jit(one)
+    np.testing.assert_allclose(at(start, key), exact, atol=1e-5)
+    several = jax.jit(jax.vmap(one, (0, None)))(np.stack([start, start]), key)
+    np.testing.assert_allclose(several, np.stack([exact] * 2), atol=1e-5)
+    # The gradient of a quadratic is linear in meta, so that its Jacobian says the same: by reverse
+    # mode, which every variant has, whichever was the fastest.
+    step = np.asarray(jax.jit(jax.jacrev(one))(start, key)) @ np.ones(5, np.float32)
     np.testing.assert_allclose(
-        step, one(q.meta + 1.0, key) - one(q.meta, key), rtol=1e-3, atol=1e-4
+        step, np.asarray(at(start + 1.0, key)) - np.asarray(at(start, key)), rtol=1e-3, atol=1e-4
     )
     assert len(chosen) == 1  # one shape, one choice
 
 
-def test_tasks_and_a_persistent_state(tmp_path):
-    q = quadratic()
-    tasks = jax.tree.map(lambda x: jnp.stack([x, x, 2 * x, x]), q.episode)
-    mg = jmeta.auto(q.problem, 2, tasks=4, persistent=True, folder=tmp_path)
-    plain = jmeta.over_tasks(jmeta.unrolled(q.problem, 2, persistent=True), 4)
+def test_tasks_and_a_persistent_state(q, tmp_path):
+    tasks = many(q, (1, 2, 1))
+    mg = jmeta.auto(q.problem, 1, tasks=3, persistent=True, folder=tmp_path)
+    plain = jmeta.over_tasks(jmeta.unrolled(q.problem, 1, persistent=True), 3)
+    chosen, reverse = (jax.jit(each.estimate) for each in (mg, plain))
     state, expected_state = mg.init(q.meta, None), plain.init(q.meta, None)
     for _ in range(2):
-        grads, state, _ = mg.estimate(q.meta, state, tasks, None)
-        expected, expected_state, _ = plain.estimate(q.meta, expected_state, tasks, None)
+        grads, state, _ = chosen(q.meta, state, tasks, None)
+        expected, expected_state, _ = reverse(q.meta, expected_state, tasks, None)
         np.testing.assert_allclose(grads, expected, atol=1e-5)
-    assert state.step.tolist() == [4] * 4
+    assert state.step.tolist() == [2] * 3
 
 
-def test_it_trains_in_a_compiled_outer_step(tmp_path):
-    q = quadratic()
-    tasks = jax.tree.map(lambda x: jnp.stack([x, x]), q.episode)
+def test_it_trains_in_a_compiled_outer_step(q, tmp_path):
     init, step = jmeta.meta_trainer(
-        jmeta.auto(q.problem, 2, tasks=2, folder=tmp_path), optax.sgd(0.1)
+        jmeta.auto(q.problem, 1, tasks=2, folder=tmp_path), optax.sgd(0.1)
     )
-    state, _ = jax.jit(step)(init(q.meta, jax.random.key(0)), tasks)
-    np.testing.assert_allclose(state.meta, q.meta - 0.1 * q.exact(2), atol=1e-5)
+    state, _ = jax.jit(step)(init(q.meta, jax.random.key(0)), many(q, (1, 1)))
+    np.testing.assert_allclose(
+        state.meta, np.asarray(q.meta) - 0.1 * np.asarray(q.exact(1)), atol=1e-5
+    )
 
 
 def test_few_steps_are_tried_written_out_and_many_are_not():
@@ -145,7 +153,7 @@ def test_fewer_tasks_together_where_all_do_not_fit(tmp_path):
 
 def test_a_choice_is_kept_and_read_again(tmp_path, monkeypatch):
     problem, meta, episode = network()
-    first = cost.fastest(problem, 2, meta, episode, memory="1GiB", folder=tmp_path)
+    first = cost.fastest(problem, 1, meta, episode, memory="1GiB", folder=tmp_path)
     assert not first.remembered
     assert [f.name for f in tmp_path.iterdir()] == [first.file.name]
 
@@ -154,14 +162,14 @@ def test_a_choice_is_kept_and_read_again(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(choosing, "compiled", nothing)
-        again = cost.fastest(problem, 2, meta, episode, memory="1GiB", folder=tmp_path)
+        again = cost.fastest(problem, 1, meta, episode, memory="1GiB", folder=tmp_path)
         assert again.remembered
         assert again._replace(mg=None) == first._replace(mg=None, remembered=True)
         for other in (
             lambda: cost.fastest(problem, 3, meta, episode, memory="1GiB", folder=tmp_path),
-            lambda: cost.fastest(problem, 2, meta, episode, memory="2GiB", folder=tmp_path),
+            lambda: cost.fastest(problem, 1, meta, episode, memory="2GiB", folder=tmp_path),
             lambda: cost.fastest(
-                network(rate=0.2)[0], 2, meta, episode, memory="1GiB", folder=tmp_path
+                network(rate=0.2)[0], 1, meta, episode, memory="1GiB", folder=tmp_path
             ),
         ):
             with pytest.raises(AssertionError, match="measured again"):
@@ -171,7 +179,7 @@ def test_a_choice_is_kept_and_read_again(tmp_path, monkeypatch):
             with monkeypatch.context() as elsewhere:
                 elsewhere.setattr(jax, name, value)
                 with pytest.raises(AssertionError, match="measured again"):
-                    cost.fastest(problem, 2, meta, episode, memory="1GiB", folder=tmp_path)
+                    cost.fastest(problem, 1, meta, episode, memory="1GiB", folder=tmp_path)
     assert "read from" in cost.explain(again)
 
 
@@ -179,21 +187,21 @@ def test_every_shape_has_a_choice_of_its_own(tmp_path):
     problem, meta, large = network(width=4)
     small, chosen = jax.tree.map(lambda x: x[:8], large), []
     mg = jmeta.auto(problem, 0, memory="1MiB", folder=tmp_path, report=chosen.append)
+    own = jax.jit(jax.grad(lambda m, query: problem.outer_loss(m, m, query, None)[0]))
     for episode in (large, small, large, small):  # no inner step: the query's own gradient
-        grads = jax.jit(mg.estimate)(meta, (), episode, None)[0]
-        own = jax.grad(lambda m, e=episode: problem.outer_loss(m, m, e.query, None)[0])(meta)
-        assert cost.gradient_error(grads, own) < 1e-5
+        estimate = jax.jit(lambda *given: mg.estimate(*given))  # traced anew, to choose anew
+        grads = estimate(meta, (), episode, None)[0]
+        assert cost.gradient_error(grads, own(meta, episode.query)) < 1e-5
     assert [choice.remembered for choice in chosen] == [False, False]
     assert len({choice.file for choice in chosen}) == 2
 
 
 @pytest.mark.parametrize("damage", ["{}", "cut"])
-def test_a_file_that_is_no_choice_is_measured_again(tmp_path, damage):
-    q = quadratic()
-    first = cost.fastest(q.problem, 1, q.meta, q.episode, memory="1MiB", folder=tmp_path)
+def test_a_file_that_is_no_choice_is_measured_again(q, tmp_path, damage):
+    first = cost.fastest(q.problem, 0, q.meta, q.episode, memory="1MiB", folder=tmp_path)
     whole = first.file.read_text()
     first.file.write_text(whole[:-40] if damage == "cut" else damage)
-    second = cost.fastest(q.problem, 1, q.meta, q.episode, memory="1MiB", folder=tmp_path)
+    second = cost.fastest(q.problem, 0, q.meta, q.episode, memory="1MiB", folder=tmp_path)
     assert not second.remembered
     assert json.loads(second.file.read_text())["setting"] == first.setting
 
@@ -223,20 +231,21 @@ def test_a_custom_derivative_that_is_none_is_left_to_reverse_mode(tmp_path):
         return jnp.sum((fast - batch) ** 2), {}
 
     problem = jmeta.Problem(inner, outer, lambda meta: optax.sgd(0.1))
-    meta, episode = jnp.arange(1.0, 5.0), jmeta.Episode(jnp.zeros(4), jnp.zeros(4))
-    exact = jmeta.unrolled(problem, 2).estimate(meta, (), episode, None)[0]
-    other = jmeta.mixed_mode(problem, 2).estimate(meta, (), episode, None)[0]
+    none = np.zeros(4, np.float32)
+    meta, episode = np.arange(1, 5, dtype=np.float32), jmeta.Episode(none, none)
+    exact = jax.jit(jmeta.unrolled(problem, 2).estimate)(meta, (), episode, None)[0]
+    other = jax.jit(jmeta.mixed_mode(problem, 2).estimate)(meta, (), episode, None)[0]
     assert cost.gradient_error(other, exact) > 1e-2
     choice = cost.fastest(problem, 2, meta, episode, folder=tmp_path)
     assert choice.variant.estimator in REVERSE
     for trial in choice.trials:
         assert bool(trial.note) == (trial.variant.estimator not in REVERSE), trial.variant
     assert "inexact here" in cost.explain(choice)
-    assert cost.gradient_error(choice.mg.estimate(meta, (), episode, None)[0], exact) < 1e-6
+    found = jax.jit(choice.mg.estimate)(meta, (), episode, None)[0]
+    assert cost.gradient_error(found, exact) < 1e-6
 
 
-def test_several_devices_cannot_each_choose(tmp_path):
-    q = quadratic()
+def test_several_devices_cannot_each_choose(q, tmp_path):
     mg = jmeta.auto(q.problem, 2, folder=tmp_path)
     with jax.set_mesh(jax.make_mesh((2,), ("tasks",))):
         with pytest.raises(
@@ -245,8 +254,7 @@ def test_several_devices_cannot_each_choose(tmp_path):
             mg.estimate(q.meta, (), q.episode, None)
 
 
-def test_what_makes_no_sense_is_refused_when_it_is_built():
-    q = quadratic()
+def test_what_makes_no_sense_is_refused_when_it_is_built(q):
     with pytest.raises(ValueError, match="no size of memory"):
         jmeta.auto(q.problem, 2, memory="much")
     with pytest.raises(ValueError, match="tasks is 0; it must be at least 1"):
@@ -255,8 +263,7 @@ def test_what_makes_no_sense_is_refused_when_it_is_built():
         jmeta.auto(q.problem, -1)
 
 
-def test_no_inner_step_at_all(tmp_path):
-    q = quadratic()
+def test_no_inner_step_at_all(q, tmp_path):
     choice = cost.fastest(q.problem, 0, q.meta, q.episode, folder=tmp_path)
     grads = choice.mg.estimate(q.meta, (), q.episode, None)[0]
     np.testing.assert_allclose(grads, q.exact(0), atol=1e-5)

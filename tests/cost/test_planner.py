@@ -1,5 +1,6 @@
 """Plans: the real sharded step, compiled for the devices here and for a TPU that is not there."""
 
+import functools
 import importlib.util
 import json
 
@@ -36,10 +37,16 @@ def row_of(estimator, mesh=None, *, given=None, **options):
     return programs.compile_row(given or linear(), candidate, steps=3)
 
 
+@functools.cache
+def data_parallel(estimator, tasks, microbatch):
+    """A row that several tests read."""
+    return row_of(estimator, tasks=tasks, microbatch=microbatch)
+
+
 @pytest.mark.parametrize(("tasks", "microbatch"), [(8, None), (16, 1)])
 @pytest.mark.parametrize("estimator", ["first_order", "mixed_mode nested", "unrolled"])
 def test_data_parallel_reduces_the_gradient_once_outside_all_loops(estimator, tasks, microbatch):
-    row = row_of(estimator, tasks=tasks, microbatch=microbatch)
+    row = data_parallel(estimator, tasks, microbatch)
     gradient = WIDTH * WIDTH * 4
     _, sent, looped = row.traffic["all-reduce"]
     # One ring of the gradient over 8 devices; XLA may send the metrics along with it.
@@ -57,7 +64,7 @@ def test_memory_of_the_state_is_split_over_fsdp():
 
 
 def test_flops_per_device_are_of_its_own_tasks():
-    one, two = row_of("first_order"), row_of("first_order", tasks=16, microbatch=1)
+    one, two = data_parallel("first_order", 8, None), data_parallel("first_order", 16, 1)
     # Four losses and gradients of three inner steps and the query, two matmuls each, and x fixed.
     forward = 2 * 32 * WIDTH * WIDTH
     assert one.flops == 4 * 2 * forward

@@ -1,5 +1,6 @@
 """``benchmarks.second_order_cost``: its rows by hand are right, its bars hold or are MISSED."""
 
+import functools
 import json
 
 import jax
@@ -15,6 +16,7 @@ from jmeta.core.estimators import mixed_mode
 from jmeta.core.types import Episode
 from jmeta.cost import compile_estimate, exact_reference, gradient_error
 from jmeta.methods import learned_start
+from jmeta.models import transformer
 
 # Of two processes; every number is far on its side of its bar.
 SECONDS = {"unrolled": 10.0, "mixed_mode, block remat": 5.0, "mixed_mode, products kept": 4.0,
@@ -171,8 +173,10 @@ def error_of(mg, setting):
 
 @pytest.mark.parametrize("row", peers_jax.PLAIN)
 def test_steps_by_hand_are_those_of_sgd_on_a_quadratic(row):
-    rate, start, targets = 0.25, jnp.asarray([1.0, -2.0]), jnp.asarray([[0.5, 2.0], [3.0, 1.0]])
+    rate, start = 0.25, np.asarray([1.0, -2.0], np.float32)
+    targets = np.asarray([[0.5, 2.0], [3.0, 1.0]], np.float32)
 
+    @functools.partial(jax.jit, static_argnums=1)
     def end(params, each):
         support = targets if each else targets[0]
         loss = lambda p, batch: jnp.sum((p - batch) ** 2) / 2  # noqa: E731
@@ -183,10 +187,17 @@ def test_steps_by_hand_are_those_of_sgd_on_a_quadratic(row):
     np.testing.assert_allclose(end(start, True), own, rtol=1e-6)
     same = left**2 * start + (1 - left**2) * targets[0]
     np.testing.assert_allclose(end(start, False), same, rtol=1e-6)
-    slope = jax.grad(lambda p: end(p, True).sum())(start)
+    slope = jax.jit(jax.grad(lambda p: end(p, True).sum()))(start)
     np.testing.assert_allclose(slope, [left**2] * 2, rtol=1e-6)
 
 
+@pytest.fixture
+def quick_start(monkeypatch):
+    """Initial weights of the decoder from one program, not from one for each operation."""
+    monkeypatch.setattr(transformer, "init", jax.jit(transformer.init, static_argnums=0))
+
+
+@pytest.mark.usefixtures("quick_start")
 @pytest.mark.parametrize(
     "row", [pytest.param(peers_jax.LOOP, marks=pytest.mark.slow), peers_jax.SCAN]
 )
@@ -194,6 +205,7 @@ def test_the_rows_by_hand_have_the_exact_gradient(row):
     assert error_of(by_hand(TINY, STEPS, row), decoder(TINY, STEPS, "unroll/none")) < 1e-5
 
 
+@pytest.mark.usefixtures("quick_start")
 def test_the_factors_alone_learn_and_their_row_is_exact():
     setting = adapted(TINY, STEPS)
     shapes = {leaf.shape[-2:] for leaf in jax.tree.leaves(setting.meta)}
@@ -210,8 +222,8 @@ def test_the_sinusoid_network_has_a_row_for_every_estimator_of_a_learned_start()
     assert gradient_error(found, exact) < 1e-5
     smooth = run(every["evolution, 16 pairs"])
     # Sixteen of 1761 directions: noise, but along the slope.
-    product = sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(smooth), jax.tree.leaves(found),
-                                                 strict=True))  # fmt: skip
+    product = sum(np.vdot(a, b) for a, b in zip(jax.tree.leaves(smooth), jax.tree.leaves(found),
+                                                strict=True))  # fmt: skip
     assert product > 0
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -43,11 +42,26 @@ def run(tmp_path_factory):
     return out
 
 
+def random_params(init, spread=0.3):
+    """In the shapes that ``init`` gives: scales around one, all else around zero."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        centre = float(path[-1].key == "scale")
+        return (centre + spread * rng.normal(size=leaf.shape)).astype(leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(init, jax.random.key(0)))
+
+
 @pytest.fixture(scope="module")
 def body():
     made = methods_of.make_body(SMOKE, VOCAB)
-    params = made.init(jax.random.key(0))
-    return made, jax.tree.map(lambda x: 3 * x, params)
+    return made, random_params(made.init)
+
+
+@pytest.fixture(scope="module")
+def static(body):
+    return jax.jit(methods_of.static(body[0]))
 
 
 @pytest.fixture
@@ -59,47 +73,50 @@ def rows():
     return Rows(tokens, mask)
 
 
+@pytest.fixture(scope="module")
 def readers(body):
     """Every way to read, with settings under which it does something; and its static one."""
     made, params = body
-    base = {"start": params, "rate": jnp.float32(0.5), "decay": jnp.float32(0.1)}
-    sizes = jax.tree.map(lambda x: jnp.abs(x) + 0.1, params)
-    block = init(SMOKE.width, SMOKE.width, jax.random.key(1), 0.5)
-    keys = jax.random.normal(jax.random.key(2), (30, SMOKE.width))
-    near = {"params": params, "store": datastore(keys, jnp.arange(30) % VOCAB),
-            "weight": jnp.float32(0.3), "temperature": jnp.float32(5)}  # fmt: skip
+    base = {"start": params, "rate": np.float32(0.5), "decay": np.float32(0.1)}
+    sizes = jax.tree.map(lambda x: np.abs(x) + np.float32(0.1), params)
+    block = jax.jit(lambda key: init(SMOKE.width, SMOKE.width, key, 0.5))(jax.random.key(1))
+    keys = np.random.default_rng(2).normal(size=(30, SMOKE.width)).astype(np.float32)
+    near = {"params": params, "store": datastore(keys, np.arange(30, dtype=np.int32) % VOCAB),
+            "weight": np.float32(0.3), "temperature": np.float32(5)}  # fmt: skip
     config = FastWeights(reference=8.0, chunk=8)
     return {
         SGD: (methods_of.dynamic(made, methods_of.sgd, SMOKE.segment), base,
-              {"rate": jnp.float32(0)}),
+              {"rate": np.float32(0)}),
         RMS: (methods_of.dynamic(made, methods_of.rms, SMOKE.segment),
-              {**base, "statistics": sizes}, {"rate": jnp.float32(0)}),
+              {**base, "statistics": sizes}, {"rate": np.float32(0)}),
         EXACT: (methods_of.with_block(made, config), {"body": params, "block": block}, None),
-        HSO: (methods_of.hso(made, SMOKE.segment), {"params": params, "rate": jnp.float32(0.1)},
-              {"rate": jnp.float32(0)}),
-        KNN: (methods_of.neighbours(made, 4), near, {"weight": jnp.float32(1e-9)}),
+        HSO: (methods_of.hso(made, SMOKE.segment), {"params": params, "rate": np.float32(0.1)},
+              {"rate": np.float32(0)}),
+        KNN: (methods_of.neighbours(made, 4), near, {"weight": np.float32(1e-9)}),
     }  # fmt: skip
 
 
-def test_the_static_losses_are_cross_entropies(body, rows):
+def test_the_static_losses_are_cross_entropies(body, static, rows):
     made, params = body
-    scores = transformer.logits(made.config, params, rows.tokens[:, :-1])
-    labels = rows.tokens[:, 1:, None]
-    expected = -jnp.take_along_axis(jax.nn.log_softmax(scores), labels, -1)[..., 0]
-    found = jax.jit(methods_of.static(made))(params, rows)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    read = jax.jit(lambda params, tokens: transformer.logits(made.config, params, tokens))
+    scores = np.asarray(read(params, rows.tokens[:, :-1]), np.float64)
+    logs = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+    expected = -np.take_along_axis(logs, rows.tokens[:, 1:, None], -1)[..., 0]
+    np.testing.assert_allclose(static(params, rows), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [SGD, RMS, HSO, KNN, EXACT])
-def test_a_method_reads_no_future_and_without_its_effect_it_is_static(body, rows, name):
-    losses, params, still = readers(body)[name]
+def test_a_method_reads_no_future_and_without_its_effect_it_is_static(
+    body, readers, static, rows, name
+):
+    losses, params, still = readers[name]
     losses, weights = jax.jit(losses), rows.mask[:, 1:] > 0
     found = np.asarray(losses(params, rows))
-    static = jax.jit(methods_of.static(body[0]))(body[1], rows)
-    assert np.abs(found - static)[weights].max() > 1e-3
+    plain = np.asarray(static(body[1], rows))
+    assert np.abs(found - plain)[weights].max() > 1e-3
     if still is not None:
         same = np.asarray(losses({**params, **still}, rows))
-        np.testing.assert_allclose(same[weights], np.asarray(static)[weights], atol=2e-5)
+        np.testing.assert_allclose(same[weights], plain[weights], atol=2e-5)
     later = rows.tokens.copy()
     later[:, 18:] = (later[:, 18:] + 1) % VOCAB  # the token at place 18 is the label at 17
     moved = np.asarray(losses(params, Rows(later, rows.mask)))
@@ -162,8 +179,8 @@ def test_knn_is_tuned_by_one_search_on_what_it_reads_with(body, rows):
     assert best["store"].keys.shape == (SMOKE.datastore, SMOKE.width)
     read = jax.jit(methods_of.neighbours(made, SMOKE.neighbours))
     inputs = rows.tokens[:, :-1]
-    keys = made.keys(params, inputs)[1]
-    np.testing.assert_allclose(made.keys(params, inputs)[0], made.states(params, inputs), atol=1e-5)
+    states, keys = jax.jit(made.keys)(params, inputs)
+    np.testing.assert_allclose(states, jax.jit(made.states)(params, inputs), atol=1e-5)
     assert keys.shape == (2, SMOKE.length, SMOKE.width)
 
     def loss(**changes):
@@ -172,16 +189,16 @@ def test_knn_is_tuned_by_one_search_on_what_it_reads_with(body, rows):
 
     assert loss() == pytest.approx(settings["validation"], rel=1e-6)
     for weight in scoring.KNN_WEIGHTS:
-        assert loss(weight=jnp.float32(weight)) >= settings["validation"] - 1e-6
+        assert loss(weight=np.float32(weight)) >= settings["validation"] - 1e-6
 
 
-def test_short_keys_are_trained_by_their_squared_length(body, rows):
+def test_short_keys_are_trained_by_their_squared_length(body, static, rows):
     made, params = body
     coefficient = 0.3
-    value, aux = methods_of.with_short_keys(made, coefficient)(params, rows, None)
-    plain, _ = methods_of.mean(methods_of.static(made))(params, rows, None)
+    value, aux = jax.jit(methods_of.with_short_keys(made, coefficient))(params, rows, None)
     weights = rows.mask[:, 1:]
-    keys = np.asarray(made.keys(params, rows.tokens[:, :-1])[1])
+    plain = (np.asarray(static(params, rows)) * weights).sum() / weights.sum()
+    keys = np.asarray(jax.jit(made.keys)(params, rows.tokens[:, :-1])[1])
     expected = coefficient * (np.square(keys).sum(-1) * weights).sum() / weights.sum()
     assert float(aux["penalty"]) == pytest.approx(expected, rel=1e-5)
     assert float(value) == pytest.approx(float(plain) + expected, rel=1e-5)
@@ -273,15 +290,15 @@ def test_a_checkpoint_is_read_in_place_of_the_decoder(tmp_path):
     from jmeta.models.pretrained import to_pretrained
 
     shape = gpt2.GPT2Config(vocab=VOCAB, width=8, layers=2, heads=2, max_len=40, head="causal_lm")
-    params = gpt2.init(shape, jax.random.key(0))
+    params = random_params(lambda key: gpt2.init(shape, key))
     to_pretrained(tmp_path / "tiny", shape, params)
     config = adaptive_lm.Config(
         model=str(tmp_path / "tiny"), length=32, segment=8, methods=(STATIC, EXACT)
     )
     made = methods_of.make_body(config, VOCAB)
-    tokens = jnp.arange(20)[None] % VOCAB
-    expected = gpt2.hidden(shape, params, {"tokens": tokens})
-    found = made.states(made.init(jax.random.key(1)), tokens)
+    tokens = np.arange(20, dtype=np.int32)[None] % VOCAB
+    expected = jax.jit(lambda p: gpt2.hidden(shape, p, {"tokens": tokens}))(params)
+    found = jax.jit(made.states)(made.init(jax.random.key(1)), tokens)
     np.testing.assert_allclose(found, expected, atol=1e-6)
     with pytest.raises(ValueError, match="64 positions"):
         methods_of.make_body(dataclasses.replace(config, length=64), VOCAB)

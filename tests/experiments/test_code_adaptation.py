@@ -14,7 +14,8 @@ from experiments import code_adaptation as experiment
 from jmeta.models import transformer
 from jmeta.runtime.report import read_results
 from jmeta.runtime.statistics import summarise
-from jmeta.tasks import files
+from jmeta.tasks import corpora, files
+from jmeta.tasks.corpora import stdlib_modules
 
 CONFIG = experiment.PRESETS["smoke"]
 
@@ -86,7 +87,10 @@ def test_without_a_rate_all_that_adapts_is_the_base_and_attention_reads_what_it_
     assert (np.abs(np.asarray(moved) - found[methods_of.TUNED]) > 1e-4).all()
 
 
-def test_no_file_is_in_two_splits_and_rarity_is_of_training():
+def test_no_file_is_in_two_splits_and_rarity_is_of_training(cache, monkeypatch):
+    # Short modules, empty ones too: quick to read and to learn a vocabulary from.
+    short = [each for each in stdlib_modules().items() if each[1].stat().st_size < 20_000]
+    monkeypatch.setattr(corpora, "stdlib_modules", lambda: dict(short[::4]))
     sources = experiment.load(CONFIG)
     texts = {
         split: {

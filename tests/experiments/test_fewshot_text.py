@@ -8,8 +8,11 @@ import pytest
 
 from experiments import _fewshot_baselines as baselines
 from experiments import _fewshot_model as model
+from experiments import _fewshot_scoring as scoring
 from experiments import fewshot_text
 from jmeta.runtime import report
+from jmeta.tasks import corpora
+from jmeta.tasks.corpora import stdlib_modules
 from jmeta.tasks.episodes import draws, episodes, few_shot
 
 METHODS = {
@@ -20,10 +23,15 @@ METHODS = {
 
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
+def smoke(cache, tmp_path_factory):
     out = tmp_path_factory.mktemp("fewshot") / "run"
-    fewshot_text.main(["--preset", "smoke", "--out", str(out)])
-    return out
+    # Short modules are classes enough for a few episodes, and their passages quick to cut.
+    short = [each for each in stdlib_modules().items() if 3_000 < each[1].stat().st_size < 20_000]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpora, "stdlib_modules", lambda: dict(short[::6]))
+        patch.setattr(scoring, "CHUNK", 6)  # there are no more episodes
+        fewshot_text.main(["--preset", "smoke", "--out", str(out)])
+        yield out
 
 
 def accuracies(out):
@@ -169,16 +177,22 @@ def test_one_inner_step_on_a_zero_head_is_a_nearest_mean():
 
     import jmeta
 
-    params = model.init(jax.random.key(0), vocab=40, width=8, classes=3)
-    x = model.encode(params["body"], jax.random.uniform(jax.random.key(1), (18, 40)))
-    y = jnp.tile(jnp.arange(3, dtype=jnp.int32), 6)
-    batch = {"x": x, "y": y, "mask": jnp.ones(18)}
-    meta = {"adapter": params["adapter"], "head": params["head"]}
-    fast = jmeta.adapt(model.full_problem(0.5), meta, batch, steps=1)
-    found = model.features(params["adapter"], x)
-    means = jnp.stack([found[y == c].mean(0) for c in range(3)])
-    expected = 0.5 * (means - found.mean(0)[None]) / 3
-    np.testing.assert_allclose(fast["head"]["kernel"].T, expected, atol=1e-6)
+    counts = np.random.default_rng(1).random((18, 40)).astype(np.float32)
+    y = np.tile(np.arange(3, dtype=np.int32), 6)
+
+    @jax.jit
+    def adapted():
+        params = model.init(jax.random.key(0), vocab=40, width=8, classes=3)
+        x = model.encode(params["body"], counts)
+        batch = {"x": x, "y": y, "mask": jnp.ones(18)}
+        meta = {"adapter": params["adapter"], "head": params["head"]}
+        fast = jmeta.adapt(model.full_problem(0.5), meta, batch, steps=1)
+        return fast["head"]["kernel"], model.features(params["adapter"], x)
+
+    kernel, found = (np.asarray(each, np.float64) for each in adapted())
+    means = np.stack([found[y == c].mean(0) for c in range(3)])
+    expected = 0.5 * (means - found.mean(0)) / 3
+    np.testing.assert_allclose(kernel.T, expected, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -80,17 +79,19 @@ def test_a_second_run_is_refused_and_resume_reads_the_finished_one(run):
 def test_seeds_trained_side_by_side_are_what_each_is_alone():
     config = sinusoid.PRESETS["smoke"]
     mg = jmeta.over_tasks(sinusoid.estimators(config)["maml"])
-    meta, episodes = sinusoid.initial(config), next(sinusoid.training_batches(config))
+    meta = jax.tree.map(np.asarray, sinusoid.initial(config))
+    episodes = jax.tree.map(np.asarray, next(sinusoid.training_batches(config)))
     tx = optax.adam(1e-3)
     stacked = sinusoid.over_seeds(mg)
     together, _, info = jax.jit(lambda m, e: stacked.estimate(m, (), e, None))(meta, episodes)
     alone_estimate = jax.jit(lambda m, e: mg.estimate(m, (), e, None))
 
+    @jax.jit
     def stepped(params, grads):
         with jax.numpy_dtype_promotion("standard"):  # Optax's Adam does not bear the strict one.
             return optax.apply_updates(params, tx.update(grads, tx.init(params))[0])
 
-    moved = stepped(meta, together)
+    moved = jax.tree.map(np.asarray, stepped(meta, together))
     losses = []
     for seed in range(2):
         start = jax.tree.map(lambda leaf, seed=seed: leaf[seed], meta)
@@ -105,15 +106,22 @@ def test_seeds_trained_side_by_side_are_what_each_is_alone():
 
 def test_reptile_gets_support_and_query_and_joint_training_the_plain_gradient():
     config = sinusoid.PRESETS["smoke"]
-    meta = jax.tree.map(lambda leaf: leaf[0], sinusoid.initial(config))
-    episode = jax.tree.map(lambda leaf: leaf[0], sinusoid.tasks(1, 10, 3, queries=10))
-    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *episode)
-    grads, _, _ = sinusoid.estimators(config)["reptile"].estimate(meta, (), episode, None)
-    end = jmeta.adapt(sinusoid.problem_at(config.inner_lr), meta, both, config.inner_steps)
-    for got, start, last in zip(*map(jax.tree.leaves, (grads, meta, end)), strict=True):
-        np.testing.assert_allclose(got, start - last, atol=1e-6)
-    grads, _, _ = sinusoid.estimators(config)["joint training"].estimate(meta, (), episode, None)
-    plain = jax.grad(lambda p: sinusoid.loss(p, episode.query, None)[0])(meta)
+    first = lambda tree: jax.tree.map(lambda leaf: np.asarray(leaf)[0], tree)  # noqa: E731
+    meta, episode = first(sinusoid.initial(config)), first(sinusoid.tasks(1, 10, 3, queries=10))
+    both = jax.tree.map(lambda a, b: np.concatenate([a, b]), *episode)
+
+    def gradient(name):
+        estimate = sinusoid.estimators(config)[name].estimate
+        return jax.jit(lambda m, e: estimate(m, (), e, None)[0])(meta, episode)
+
+    problem = sinusoid.problem_at(config.inner_lr)
+    end = jax.jit(lambda m, b: jmeta.adapt(problem, m, b, config.inner_steps))(meta, both)
+    for got, start, last in zip(
+        *map(jax.tree.leaves, (gradient("reptile"), meta, end)), strict=True
+    ):
+        np.testing.assert_allclose(got, start - np.asarray(last), atol=1e-6)
+    grads = gradient("joint training")
+    plain = jax.jit(jax.grad(lambda p: sinusoid.loss(p, episode.query, None)[0]))(meta)
     for got, want in zip(jax.tree.leaves(grads), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 

@@ -23,11 +23,36 @@ def data():
     return data_of.load(20, 40)
 
 
-@pytest.mark.parametrize(("steps", "rate", "among"), [(1, 0.1, False), (2, 0.03, True)])
-def test_a_judge_says_what_a_teacher_follows(data, steps, rate, among):
+@pytest.fixture(scope="module")
+def student(data):
+    """Random weights of a student: scales around one, all else around zero."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        drawn = (path[-1].key == "scale") + 0.1 * rng.normal(size=leaf.shape[1:])
+        return drawn.astype(leaf.dtype)
+
+    given = two_moons.PRESETS["smoke"]
+    shapes = jax.eval_shape(lambda: two_moons.fresh_students(given, data))
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@pytest.fixture(scope="module")
+def scores(data):
+    """What judges of a number of steps say of parameters: a program for each number."""
+
+    @functools.cache
+    def of(steps):
+        judge = judged(two_moons.PRESETS["smoke"], data, (steps,))
+        return jax.jit(jax.vmap(judge, in_axes=(None, 0, None)))
+
+    return of
+
+
+@pytest.mark.parametrize(("steps", "rate", "among"), [(1, 0.1, True), (2, 0.03, False)])
+def test_a_judge_says_what_a_teacher_follows(data, student, scores, steps, rate, among):
     config = two_moons_judge.PRESETS["smoke"]
     given = two_moons.PRESETS["smoke"]
-    params = jax.tree.map(lambda leaf: 5 * leaf[0], two_moons.fresh_students(given, data))
     episodes = labelled_episodes(config, data, 0, 10, 4, among=among)
     settings = two_moons.Config(
         inner_rate=rate, support_steps=steps, among_classes=among, mlm_task=()
@@ -35,23 +60,20 @@ def test_a_judge_says_what_a_teacher_follows(data, steps, rate, among):
     shape = methods_of.network(given, data)
     loss = functools.partial(masked_lm.loss, shape)
     followed = methods.fine_tuned(_teacher_shared.student(settings, shape, loss))
-    expected = jax.jit(followed)(params, (), episodes, None)[0]
-    score = jax.jit(jax.vmap(judged(given, data, (steps,)), in_axes=(None, 0, None)))
-    found = score(params, episodes, np.float32(rate))
+    expected = jax.jit(followed)(student, (), episodes, None)[0]
+    found = jax.tree.map(np.asarray, scores(steps)(student, episodes, np.float32(rate)))
     assert found[LOSS].shape == found[ACCURACY].shape == (config.draws, 1)
     np.testing.assert_allclose(found[LOSS].mean(), expected, rtol=1e-5)
 
 
-def test_accuracy_is_that_of_the_label_with_the_greater_score(data):
+def test_accuracy_is_that_of_the_label_with_the_greater_score(data, student, scores):
     config = two_moons_judge.PRESETS["smoke"]
-    given = two_moons.PRESETS["smoke"]
-    params = jax.tree.map(lambda leaf: leaf[0], two_moons.fresh_students(given, data))
+    params = jax.tree.map(np.array, student)
     # Nothing but the bias of the head tells the two labels apart: all points are the first moon.
     first = data_of.label_tokens(data)[0]
-    params["head"]["bias"] = params["head"]["bias"].at[first].set(50.0)
+    params["head"]["bias"][first] = 50.0
     episodes = labelled_episodes(config, data, 0, 10, 4, among=True)
-    score = jax.vmap(judged(given, data, (1,)), in_axes=(None, 0, None))
-    right = jax.jit(score)(params, episodes, np.float32(0.0))[ACCURACY][:, 0]
+    right = scores(1)(params, episodes, np.float32(0.0))[ACCURACY][:, 0]
     share = (episodes.query["labels"][:, :, 0] == first).mean(1)
     np.testing.assert_allclose(right, share)
     assert 0 < share.mean() < 1

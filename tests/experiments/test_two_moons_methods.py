@@ -64,7 +64,8 @@ def test_a_teacher_of_replacements_reads_where_it_may_write_and_what_it_learns_m
     episodes = method.chunk(0, 0)
     assert set(episodes.support) == {"tokens", "mask", "ordinary", "masked"}
     read = jax.tree.map(lambda leaf: leaf[0, 0], episodes.support)
-    pseudo = method.panel(method.start(jax.random.key(0)), read, jax.random.key(1))
+    write = jax.jit(lambda start, key: method.panel(method.start(start), read, key))
+    pseudo = write(jax.random.key(0), jax.random.key(1))
     written, weights = np.asarray(pseudo["tokens"]), np.asarray(pseudo["weights"])
     np.testing.assert_array_equal(weights == 1, written != read["tokens"])
     assert (weights[read["ordinary"] == 0] == 0).all()

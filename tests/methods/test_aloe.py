@@ -1,5 +1,6 @@
 """ALOE against enumeration: every state of a few positions, every trajectory between them."""
 
+import functools
 import itertools
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from quick_numbers import softmax
 
 from jmeta import optim
 from jmeta.methods.aloe import (
@@ -32,28 +34,35 @@ def edits(params, x):
     return hidden @ params["stop"], (hidden @ params["out"]).reshape(N, V)
 
 
+@functools.cache
+def editor():
+    init, sample, log_prob = linear_autoregressive(N, V)
+    return init, EditSampler(sample, log_prob, edits, N, V, LONGEST)
+
+
 def world(scale=0.5):
-    _, sample, log_prob = linear_autoregressive(N, V)
-    return EditSampler(sample, log_prob, edits, N, V, LONGEST), parameters(scale)
-
-
-@jax.jit
-def parameters(scale):
-    init = linear_autoregressive(N, V)[0]
-    keys = iter(jax.random.split(KEY, 9))
+    init, sampler = editor()
+    rng = np.random.default_rng(0)
     shapes = {"in": (N, V, 6), "stop": (6,), "out": (6, N * V)}
-    params = {k: scale * jax.random.normal(next(keys), s) for k, s in shapes.items()}
-    base = jax.tree.map(lambda p: p + scale * jax.random.normal(next(keys), p.shape), init())
-    return {**params, **base}
+    params = {k: scale * rng.normal(size=s) for k, s in shapes.items()}
+    drawn = lambda p: np.asarray(p) + scale * rng.normal(size=p.shape)  # noqa: E731
+    return sampler, jax.tree.map(jnp.asarray, {**params, **jax.tree.map(drawn, init())})
+
+
+@functools.cache
+def probabilities(sampler):
+    """Of starts, and of edits, from every state."""
+    start = lambda params, s: sampler.log_prob(params, s)  # noqa: E731
+    each = lambda params, s: edit_log_probs(sampler, params, s)  # noqa: E731
+    return [jax.jit(jax.vmap(of, (None, 0))) for of in (start, each)]
 
 
 def marginal(sampler, params):
     """q by the transition matrix of edits: ``[states]``."""
     stop, move = np.zeros(len(STATES)), np.zeros((len(STATES),) * 2)
-    states = jnp.asarray(STATES)
-    start = np.exp(jax.jit(jax.vmap(lambda s: sampler.log_prob(params, s)))(states))
-    every = jax.jit(jax.vmap(lambda s: edit_log_probs(sampler, params, s)))(states)
-    every = [np.exp(each) for each in every]
+    starts, edited = probabilities(sampler)
+    start = np.exp(starts(params, STATES))
+    every = [np.exp(each) for each in edited(params, STATES)]
     for i, s in enumerate(STATES):
         a, b, changes = (each[i] for each in every)
         stop[i] = a
@@ -69,7 +78,7 @@ def marginal(sampler, params):
 
 
 def model(energy):
-    f = np.array([float(energy(jnp.asarray(s))) for s in STATES])
+    f = np.asarray(jax.jit(jax.vmap(energy))(STATES))
     p = np.exp(f - f.max())
     return p / p.sum()
 
@@ -102,28 +111,34 @@ def test_the_likelihood_is_unbiased_and_its_weights_sum_to_one(x64):
     sampler, params = world()
     q = marginal(sampler, params)
 
-    @jax.jit
     def once(x, key):
         value, weights = log_marginal(sampler, params, x, key, count=3, rate=0.4)
         return jnp.exp(value), weights
 
+    many, keys = jax.jit(jax.vmap(once, (None, 0))), jax.random.split(KEY, 4000)
     for i in (0, 3, 6):
-        x = jnp.asarray(STATES[i])
-        values, weights = jax.vmap(lambda k, x=x: once(x, k))(jax.random.split(KEY, 4000))
+        values, weights = map(np.asarray, many(STATES[i], keys))
         error = float(values.std(ddof=1)) / np.sqrt(4000)
         assert abs(float(values.mean()) - q[i]) < 4 * error
         np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-12)
 
 
+def moved(array, at, by):
+    array = np.copy(array)
+    array[at] += by
+    return array
+
+
 def test_its_gradient_is_that_of_the_weighted_trajectories(x64):
     """With many trajectories, the gradient of the enumerated log-probability."""
     sampler, params = world()
-    x = jnp.asarray(STATES[5])
-    grad = jax.grad(lambda p: log_marginal(sampler, p, x, KEY, count=8000)[0])(params)
+    x = STATES[5]
+    grad = jax.jit(jax.grad(lambda p: log_marginal(sampler, p, x, KEY, count=8000)[0]))(params)
+    grad, params = jax.tree.map(np.asarray, (grad, params))
     h = 1e-5
     for name, at in (("stop", (0,)), ("bias", (1, 0)), ("out", (2, 3))):
         shifted = [
-            np.log(marginal(sampler, {**params, name: params[name].at[at].add(s * h)})[5])
+            np.log(marginal(sampler, {**params, name: moved(params[name], at, s * h)})[5])
             for s in (1, -1)
         ]
         exact = (shifted[0] - shifted[1]) / (2 * h)
@@ -131,12 +146,14 @@ def test_its_gradient_is_that_of_the_weighted_trajectories(x64):
 
 
 def test_gibbs_leaves_the_model_as_it_is(x64):
-    energy = lambda x: pairs(0.4 * jax.random.normal(KEY, (N, N)), x)  # noqa: E731
+    coupling = 0.4 * np.random.default_rng(1).normal(size=(N, N))
+    energy = lambda x: pairs(jnp.asarray(coupling), x)  # noqa: E731
     p = model(energy)
+    scores = jax.jit(jax.vmap(lambda s, place: site_scores(energy, s, place, V), (0, None)))
     for place in range(N):
         after = np.zeros(len(STATES))
-        for i, s in enumerate(STATES):
-            conditional = jax.nn.softmax(site_scores(energy, jnp.asarray(s), place, V))
+        conditionals = softmax(np.asarray(scores(STATES, place)))
+        for i, (s, conditional) in enumerate(zip(STATES, conditionals, strict=True)):
             for value in range(V):
                 t = s.copy()
                 t[place] = value
@@ -144,7 +161,7 @@ def test_gibbs_leaves_the_model_as_it_is(x64):
         np.testing.assert_allclose(after, p, rtol=1e-10)
     run = jax.jit(jax.vmap(lambda x, k: gibbs(energy, x, k, values=V, sweeps=1)))
     many = 4000
-    begin = jnp.asarray(STATES[np.random.default_rng(0).choice(len(STATES), many, p=p)])
+    begin = STATES[np.random.default_rng(0).choice(len(STATES), many, p=p)]
     xs = run(begin, jax.random.split(KEY, many))
     assert np.mean(np.asarray(xs) != begin) > 0.1
     assert np.all(np.abs(counts(xs) / many - p) < 4 * np.sqrt(p * (1 - p) / many))
@@ -152,7 +169,7 @@ def test_gibbs_leaves_the_model_as_it_is(x64):
 
 def test_the_sampler_approaches_the_model(x64):
     sampler, params = world(0.1)
-    coupling = 0.8 * jax.random.normal(jax.random.key(3), (N, N))
+    coupling = jnp.asarray(0.8 * np.random.default_rng(3).normal(size=(N, N)))
     p = model(lambda x: pairs(coupling, x))
     init, step = aloe(
         pairs, sampler, optax.set_to_zero(), optim.adam(0.03), samples=64, sweeps=2, trajectories=8

@@ -6,16 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick_numbers import softmax
 
 from jmeta.methods import bait, point_factors
 
-KEY = jax.random.key(0)
-
 
 def points(count=9, classes=3, width=2, seed=0):
-    keys = jax.random.split(jax.random.key(seed), 2)
-    p = jax.nn.softmax(2 * jax.random.normal(keys[0], (count, classes)))
-    return jax.random.normal(keys[1], (count, width)), p
+    rng = np.random.default_rng(seed)
+    p = softmax(2 * rng.normal(size=(count, classes)))
+    return jnp.asarray(rng.normal(size=(count, width))), jnp.asarray(p)
 
 
 def trace(factors, chosen, budget, labelled=None, penalty=1.0):
@@ -32,11 +31,12 @@ def trace(factors, chosen, budget, labelled=None, penalty=1.0):
 
 
 def test_factors_square_to_the_information_of_a_point(x64):
-    h, p = points()
+    h, p = map(np.asarray, points())
     factors = point_factors(h, p)
-    kernel_grad = jax.grad(lambda w, h, y: -jax.nn.log_softmax(h @ w)[y])
+    kernel_grad = jax.jit(jax.grad(lambda w, h, y: -jax.nn.log_softmax(h @ w)[y]))
+    factors = np.asarray(factors)
     for n in range(3):
-        w = jnp.linalg.pinv(h[n][None]) @ jnp.log(p[n])[None]  # so that the scores are log p
+        w = np.linalg.pinv(h[n][None]) @ np.log(p[n])[None]  # so that the scores are log p
         grads = [np.ravel(kernel_grad(w, h[n], c).T) for c in range(3)]
         expected = sum(p[n, c] * np.outer(g, g) for c, g in enumerate(grads))
         np.testing.assert_allclose(factors[n].T @ factors[n], expected, rtol=1e-10, atol=1e-14)
@@ -65,7 +65,8 @@ def test_every_step_is_the_best_of_all_and_the_traces_are_dense_ones(x64, known)
     assert np.all(steps[forward:] > 0)
     # and it is near the best of all subsets
     best = min(score(s) for s in itertools.combinations(range(9), budget))
-    assert best <= traces[-1] <= 1.02 * best
+    ours = score(sorted(chosen))  # in their order, which decides how sums are rounded
+    assert best <= ours <= 1.02 * best
 
 
 def test_the_span_of_the_rows_is_enough(x64):

@@ -13,30 +13,39 @@ from jmeta.methods.fast_weights_stream import decoder, generate, init_state
 from jmeta.models import decoding, gpt2, transformer
 
 CONFIG = FastWeights(chunk=4)
+begun, of_gpt2 = (jax.jit(each.init, static_argnums=0) for each in (transformer, gpt2))
 
 
-@pytest.fixture(params=["transformer", "gpt2"])
-def model(request):
+KINDS = ["transformer", "gpt2"]
+
+
+def made(kind):
     """A body, its block with steps that matter, and its states of whole documents."""
     shape = {"vocab": 13, "width": 8, "layers": 2, "heads": 2, "max_len": 40}
     key = jax.random.key(0)
-    if request.param == "gpt2":
+    if kind == "gpt2":
         config = gpt2.GPT2Config(**shape)
-        body = gpt2.init(config, key)
+        body = of_gpt2(config, key)
         states = lambda body, tokens: gpt2.hidden(config, body, {"tokens": tokens})  # noqa: E731
     else:
         config = transformer.TransformerConfig(**shape)
-        body = transformer.init(config, key)
+        body = begun(config, key)
         states = functools.partial(transformer.hidden, config)
-    body["embed"] = jax.tree.map(lambda x: 20 * x, body["embed"])
-    return config, body, init(8, 8, key, step_size=0.5), states
+    body["embed"] = jax.tree.map(lambda x: jnp.asarray(20 * np.asarray(x)), body["embed"])
+    return config, body, block(key), states
 
 
-def test_greedy_generation_is_that_of_whole_documents(model):
-    config, body, block, states = model
+@jax.jit
+def block(key):
+    return init(8, 8, key, step_size=0.5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_generation_is_that_of_whole_documents(kind):
+    config, body, learner, states = made(kind)
     table, prompt = body["embed"]["tokens"], jnp.array([[1, 2, 3], [4, 5, 6]])
-    one = decoder(CONFIG, block, table, functools.partial(_token, config, body))
-    carry = decoding.init_cache(config, body, 2), init_state(block, 2)
+    one = decoder(CONFIG, learner, table, functools.partial(_token, config, body))
+    carry = decoding.init_cache(config, body, 2), init_state(learner, 2)
     written, carry = jax.jit(lambda carry: generate(one, carry, prompt, 20))(carry)
     tokens = jnp.concatenate([prompt, written], 1)
     labels, weights = next_tokens(tokens)
@@ -44,7 +53,7 @@ def test_greedy_generation_is_that_of_whole_documents(model):
     @jax.jit
     def whole(tokens):
         seen = states(body, tokens)
-        out = fast_weights.features(CONFIG, block, table, seen, labels, weights)
+        out = fast_weights.features(CONFIG, learner, table, seen, labels, weights)
         return (out @ table.T).argmax(-1)
 
     likely = whole(tokens)
@@ -52,7 +61,7 @@ def test_greedy_generation_is_that_of_whole_documents(model):
     # From what is carried it goes on as if it had never stopped.
     again = jax.jit(lambda carry, prompt, count: generate(one, carry, prompt, count),
                     static_argnums=2)  # fmt: skip
-    first, carry = again((decoding.init_cache(config, body, 2), init_state(block, 2)), prompt, 8)
+    first, carry = again((decoding.init_cache(config, body, 2), init_state(learner, 2)), prompt, 8)
     rest, _ = again(carry, first[:, -1:], 12)
     np.testing.assert_array_equal(jnp.concatenate([first, rest], 1), written)
 
@@ -65,18 +74,20 @@ def _token(config, body, cache, tokens):
 def test_a_text_longer_than_the_cache_ends_in_no_token():
     shape = {"vocab": 13, "width": 8, "layers": 1, "heads": 2, "max_len": 6}
     config = transformer.TransformerConfig(**shape)
-    body, block = transformer.init(config, jax.random.key(0)), init(8, 8, jax.random.key(1))
-    one = decoder(CONFIG, block, body["embed"]["tokens"], functools.partial(_token, config, body))
-    carry = decoding.init_cache(config, body, 1), init_state(block, 1)
-    written, _ = generate(one, carry, jnp.array([[1, 2]]), 8)
+    body, learner = begun(config, jax.random.key(0)), block(jax.random.key(1))
+    one = decoder(CONFIG, learner, body["embed"]["tokens"], functools.partial(_token, config, body))
+    carry = decoding.init_cache(config, body, 1), init_state(learner, 1)
+    prompt = np.array([[1, 2]], np.int32)
+    written = np.asarray(jax.jit(lambda carry: generate(one, carry, prompt, 8)[0])(carry))
     assert (written[0, :5] >= 0).all()
     assert (written[0, 5:] == -1).all()
 
 
-def test_memory_does_not_grow_with_what_is_written(model):
-    config, body, block, _ = model
-    one = decoder(CONFIG, block, body["embed"]["tokens"], functools.partial(_token, config, body))
-    carry = decoding.init_cache(config, body, 1), init_state(block, 1)
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_does_not_grow_with_what_is_written(kind):
+    config, body, learner, _ = made(kind)
+    one = decoder(CONFIG, learner, body["embed"]["tokens"], functools.partial(_token, config, body))
+    carry = decoding.init_cache(config, body, 1), init_state(learner, 1)
 
     def temporaries(count):
         run = jax.jit(lambda carry, prompt: generate(one, carry, prompt, count)[0])

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick_numbers import parameters, softmax
 
 from jmeta import partition
 from jmeta.core.tree import merge
@@ -25,13 +26,13 @@ def linear(fixed, kernel, x):
 
 
 def regression():
-    keys = jax.random.split(KEY, 2)
-    return jax.random.normal(keys[0], (40, 3)), jax.random.normal(keys[1], (3, 4))
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(40, 3)), rng.normal(size=(3, 4))
 
 
 def closed_form(x, kernel):
-    p = jax.nn.softmax(x @ kernel)
-    return jnp.einsum("nd,nc->dc", x * x, p * (1 - p)) / len(x)
+    p = softmax(x @ kernel)
+    return (x * x).T @ (p * (1 - p)) / len(x)
 
 
 def test_softmax_regression_has_a_closed_form(x64):
@@ -57,23 +58,23 @@ def test_batches_change_nothing_and_weights_leave_out(x64, labels):
     given = functools.partial(
         fisher, linear, (), kernel, key=KEY, labels=labels, squares=per_example(whole)
     )
-    expected = given(x[:7])
-    for size in (1, 3, 7, 50):
+    expected = given(x[:7], batch_size=7)
+    for size in (1, 3, 50):
         np.testing.assert_allclose(given(x[:7], batch_size=size), expected, rtol=1e-12)
-    counts = jnp.asarray([1.0] * 7 + [0.0] * 5)
+    counts = np.asarray([1.0] * 7 + [0.0] * 5)
     np.testing.assert_allclose(given(x[:12], weights=counts, batch_size=5), expected, rtol=1e-12)
 
 
 def test_several_labels_of_an_example_are_each_a_gradient(x64):
     """The Fisher information is over positions, each with the expectation over its own label."""
-    tokens = jax.random.normal(KEY, (3, 4, 2))
-    kernel = jax.random.normal(jax.random.key(1), (2, 3))
+    rng = np.random.default_rng(1)
+    tokens, kernel = rng.normal(size=(3, 4, 2)), rng.normal(size=(2, 3))
 
     def scores(fixed, kernel, x):  # every position sees the sum of those before it
         return jnp.cumsum(x, 1) @ kernel
 
     found = fisher(scores, (), kernel, tokens, KEY, labels=summed(), squares=per_example(whole))
-    seen = jnp.cumsum(tokens, 1).reshape(-1, 2)
+    seen = np.cumsum(tokens, 1).reshape(-1, 2)
     np.testing.assert_allclose(found, closed_form(seen, kernel), rtol=1e-12)
     drawn = jax.vmap(
         lambda key: fisher(
@@ -91,14 +92,16 @@ def networks():
     t = transformer.TransformerConfig(**sizes, ff=12)
     tokens = lambda batch: (batch["tokens"], batch["mask"])  # noqa: E731
     return {
-        "bert": (lambda: bert.init(b, KEY), functools.partial(bert.apply, b)),
+        "bert": (bert, b, functools.partial(bert.apply, b)),
         "bert, scanned": (
-            lambda: bert.init(b, KEY),
+            bert,
+            b,
             functools.partial(bert.apply, b._replace(loop="scan", remat="full")),
         ),
-        "gpt2": (lambda: gpt2.init(g, KEY), functools.partial(gpt2.apply, g)),
+        "gpt2": (gpt2, g, functools.partial(gpt2.apply, g)),
         "transformer": (
-            lambda: transformer.init(t, KEY),
+            transformer,
+            t,
             lambda p, batch: transformer.logits(t, p, *tokens(batch))[:, 0],
         ),
     }
@@ -114,10 +117,11 @@ def networks():
     ],
 )
 def test_taps_equal_whole_gradients(x64, name, time):
-    init, apply = networks()[name]
-    params, apply = jax.jit(init)(), jax.jit(apply)
-    batch = {"tokens": jax.random.randint(KEY, (5, time), 0, 11)}
-    batch["mask"] = jnp.ones((5, time)).at[1, 1:].set(0)
+    model, config, apply = networks()[name]
+    params = parameters(model, config)
+    apply, rng = jax.jit(apply), np.random.default_rng(0)
+    batch = {"tokens": rng.integers(0, 11, (5, time)), "mask": np.ones((5, time))}
+    batch["mask"][1, 1:] = 0
     kernels, rest = partition(
         params, *(["blocks.attn.*", "blocks.mlp.*"] if name == "transformer"
                   else ["blocks.*.*.kernel"])
@@ -141,22 +145,23 @@ def test_taps_equal_whole_gradients(x64, name, time):
 
 
 def test_rows_by_gram_matrix_by_gradient_and_of_one_position(x64):
+    rng, row_squares = np.random.default_rng(0), jax.jit(taps.row_squares)
     for time, inputs, outputs in ((1, 5, 7), (2, 5, 7), (9, 5, 7)):
-        x = jax.random.normal(KEY, (4, time, inputs))
-        dy = jax.random.normal(jax.random.key(1), (4, time, outputs))
-        expected = (jnp.einsum("bti,bto->bio", x, dy) ** 2).mean(1).sum(0)
-        np.testing.assert_allclose(taps.row_squares(x, dy), expected, rtol=1e-12)
+        x, dy = rng.normal(size=(4, time, inputs)), rng.normal(size=(4, time, outputs))
+        expected = (np.einsum("bti,bto->bio", x, dy) ** 2).mean(1).sum(0)
+        np.testing.assert_allclose(row_squares(x, dy), expected, rtol=1e-12)
     np.testing.assert_allclose(
-        taps.row_squares(x[:, 0], dy[:, 0]), taps.row_squares(x[:, :1], dy[:, :1]), rtol=1e-12
+        row_squares(x[:, 0], dy[:, 0]), row_squares(x[:, :1], dy[:, :1]), rtol=1e-12
     )
-    assert taps.row_squares(x.astype(jnp.bfloat16), dy.astype(jnp.bfloat16)).dtype == jnp.float32
+    half = x.astype(jnp.bfloat16), dy.astype(jnp.bfloat16)
+    assert row_squares(*half).dtype == jnp.float32
 
 
 def test_no_weight_gradient_exists_and_memory_is_that_of_a_batch():
     config = bert.BertConfig(
         vocab=11, width=64, layers=2, heads=2, max_len=8, head="classify", ff=128
     )
-    params = bert.init(config, KEY)
+    params = parameters(bert, config)
     made = taps.taps(params)
 
     def embed(params, made, inputs):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from quick_numbers import parameters
 
 from jmeta.methods.hidden_states import hidden_states
 from jmeta.models import blocks, cached, gpt2, primitives, transformer
@@ -18,42 +19,48 @@ CONFIG = transformer.TransformerConfig(
 )
 LOSSES = functools.partial(cached.token_losses, CONFIG)
 
-
-def noisy(params, key):
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(key, len(leaves))
-    drawn = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(structure, drawn)
+STILL, ADAM = optax.sgd(0.0), optax.adam(0.05)
+scores_of = jax.jit(transformer.logits, static_argnums=0)
+hidden = jax.jit(cached.hidden, static_argnums=0)
 
 
 @pytest.fixture
 def world():
-    params = noisy(transformer.init(CONFIG, jax.random.key(0)), jax.random.key(1))
-    return params, jax.random.randint(jax.random.key(2), (21,), 0, 13)
+    return parameters(transformer, CONFIG), np.random.default_rng(2).integers(0, 13, 21)
+
+
+@functools.cache
+def reader(optimizer, steps):
+    """Compiled once for every shape of window and cache."""
+    hso = hidden_states(LOSSES, optimizer, steps=steps)
+    return hso.init, jax.jit(hso.step)
 
 
 def read(optimizer, params, tokens, *, window, capacity, steps=1):
     """Losses of a whole text, and the caches after every window."""
-    hso = hidden_states(LOSSES, optimizer, steps=steps)
-    cache = hso.init(cached.empty(CONFIG, capacity, float))
-    step, losses, caches = jax.jit(hso.step), [], []
+    init, step = reader(optimizer, steps)
+    cache, losses, caches = init(cached.empty(CONFIG, capacity, float)), [], []
     for low in range(0, len(tokens) - window, window):
         inputs, targets = (tokens[low + i : low + i + window] for i in (0, 1))
-        found, cache = step(params, cache, inputs, targets)
+        found, cache = jax.tree.map(np.asarray, step(params, cache, inputs, targets))
         losses.append(found)
         caches.append(cache)
     return np.concatenate(losses), caches
 
 
+def token_losses(scores, tokens):
+    """Of every token but the first, from the scores of those before it."""
+    scores = np.asarray(scores)
+    scores = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+    return -np.take_along_axis(scores, tokens[1:, None], 1)[:, 0]
+
+
 @pytest.mark.parametrize("window", [1, 5, 20])
 def test_windows_with_a_cache_are_the_decoder(world, window):
     params, tokens = world
-    scores = jax.nn.log_softmax(transformer.logits(CONFIG, params, tokens[:-1]))
-    whole = -np.take_along_axis(np.asarray(scores), np.asarray(tokens[1:])[:, None], 1)[:, 0]
+    whole = token_losses(scores_of(CONFIG, params, tokens[:-1]), tokens)
     for steps in (0, 1):  # a rate of zero, and no step at all
-        found, caches = read(
-            optax.sgd(0.0), params, tokens, window=window, capacity=20, steps=steps
-        )
+        found, caches = read(STILL, params, tokens, window=window, capacity=20, steps=steps)
         np.testing.assert_allclose(found, whole, rtol=1e-10, atol=1e-10)
         assert caches[-1].position == 20
 
@@ -65,15 +72,20 @@ def test_less_room_is_sliding_attention(world):
     place = np.arange(20)
     first = place // window * window - capacity  # the oldest state a token's window may see
     band = (place[None] <= place[:, None]) & (place[None] >= first[:, None])
-    rows = params["embed"]["tokens"][tokens[:-1]] + params["embed"]["positions"][:20]
-    x = rows[None]
-    for i in range(CONFIG.layers):
-        layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"])
-        x = blocks.pre_norm(CONFIG, jnp.asarray(band)[None, None], x, layer, None)
-    states = primitives.layer_norm(x, params["ln_f"], CONFIG.eps)[0]
-    scores = jax.nn.log_softmax(states @ params["embed"]["tokens"].T)
-    whole = -np.take_along_axis(np.asarray(scores), np.asarray(tokens[1:])[:, None], 1)[:, 0]
-    found, _ = read(optax.sgd(0.0), params, tokens, window=window, capacity=capacity)
+    band = band[None, None]
+
+    @jax.jit
+    def scores(params, tokens):
+        rows = params["embed"]["tokens"][tokens] + params["embed"]["positions"][:20]
+        x = rows[None]
+        for i in range(CONFIG.layers):
+            layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"])
+            x = blocks.pre_norm(CONFIG, jnp.asarray(band), x, layer, None)
+        states = primitives.layer_norm(x, params["ln_f"], CONFIG.eps)[0]
+        return states @ params["embed"]["tokens"].T
+
+    whole = token_losses(scores(params, tokens[:-1]), tokens)
+    found, _ = read(STILL, params, tokens, window=window, capacity=capacity)
     np.testing.assert_allclose(found, whole, rtol=1e-10, atol=1e-10)
 
 
@@ -81,27 +93,26 @@ def test_gpt2_is_read_alike():
     config = gpt2.GPT2Config(
         vocab=13, width=8, layers=2, heads=2, max_len=9, head="causal_lm", loop="scan"
     )
-    params = noisy(gpt2.init(config, jax.random.key(0)), jax.random.key(1))
-    tokens = jax.random.randint(jax.random.key(2), (9,), 0, 13)
-    whole = gpt2.apply(config, params, {"tokens": tokens})
-    past = cached.none_yet(config, 9, float)
+    params = parameters(gpt2, config)
+    tokens = np.random.default_rng(2).integers(0, 13, 9)
+    whole = np.asarray(jax.jit(gpt2.apply, static_argnums=0)(config, params, {"tokens": tokens}))
+    past, slide = cached.none_yet(config, 9, float), jax.jit(cached.slide)
     for low in (0, 3, 6):
-        states, new = cached.hidden(config, params, past, tokens[low : low + 3])
-        scores = states @ params["embed"]["tokens"].T
+        states, new = hidden(config, params, past, tokens[low : low + 3])
+        scores = np.asarray(states) @ params["embed"]["tokens"].T
         np.testing.assert_allclose(scores, whole[low : low + 3], rtol=1e-10, atol=1e-10)
-        past = cached.slide(past, new)
-    beyond, _ = cached.hidden(config, params, past, tokens[:1])  # position 9 of 9
+        past = slide(past, new)
+    beyond, _ = hidden(config, params, past, tokens[:3])  # positions 9 and on of 9
     assert np.isnan(np.asarray(beyond)).all()
 
 
 def test_no_score_knows_a_later_token(world):
     params, tokens = world
-    changed = tokens.at[14:].set((tokens[14:] + 1) % 13)
-    adam = optax.adam(0.05)
-    before, after = (read(adam, params, t, window=4, capacity=12)[0] for t in (tokens, changed))
+    changed = np.concatenate([tokens[:14], (tokens[14:] + 1) % 13])
+    before, after = (read(ADAM, params, t, window=4, capacity=6)[0] for t in (tokens, changed))
     np.testing.assert_array_equal(before[:13], after[:13])  # bit for bit
     assert (before[13:] != after[13:]).all()
-    static = read(optax.sgd(0.0), params, tokens, window=4, capacity=12)[0]
+    static = read(STILL, params, tokens, window=4, capacity=6)[0]
     np.testing.assert_array_equal(before[:4], static[:4])  # nothing was learned yet
     assert (np.abs(before[4:] - static[4:]) > 1e-6).all()
 
@@ -109,18 +120,20 @@ def test_no_score_knows_a_later_token(world):
 def test_a_small_step_lowers_the_same_windows_loss(world):
     params, tokens = world
     inputs, targets = tokens[8:12], tokens[9:13]
-    _, caches = read(optax.sgd(0.0), params, tokens[:9], window=4, capacity=8)
+    _, caches = read(STILL, params, tokens[:9], window=4, capacity=6)
 
+    @jax.jit
     def total(held, shift):
-        return LOSSES(params, caches[-1]._replace(states=held), inputs, targets, shift)[0].sum()
+        whole = lambda held, shift: _total(params, held, shift, caches[-1], inputs, targets)[0]  # noqa: E731
+        return jax.value_and_grad(whole, (0, 1))(held, shift)
 
-    hso = hidden_states(LOSSES, optax.sgd(0.01))
-    losses, cache = jax.jit(hso.step)(params, caches[-1], inputs, targets)
-    held, zero = caches[-1].states, jax.tree.map(lambda x: jnp.zeros_like(x[:4]), cache.states)
-    slopes = jax.jit(jax.grad(total, (0, 1)))(held, zero)
-    moved = jax.tree.map(lambda x, g: x - 0.01 * g, (held, zero), slopes)
-    np.testing.assert_allclose(losses.sum(), total(held, zero), rtol=1e-10)
-    assert total(*moved) < losses.sum() - 1e-4
+    losses, _ = reader(optax.sgd(0.01), 1)[1](params, caches[-1], inputs, targets)
+    held, zero = caches[-1].states, jax.tree.map(lambda x: np.zeros_like(x[:4]), caches[-1].states)
+    before, slopes = total(held, zero)
+    moved = jax.tree.map(lambda x, g: x - 0.01 * np.asarray(g), (held, zero), slopes)
+    losses = np.asarray(losses)
+    np.testing.assert_allclose(losses.sum(), before, rtol=1e-10)
+    assert total(*moved)[0] < losses.sum() - 1e-4
 
 
 def adam_by_hand(state, slope, rate):
@@ -135,37 +148,31 @@ def test_every_state_keeps_its_own_moments_as_the_cache_slides(world, steps):
     """By hand: one Adam for each token in a dict, looked up by its place in the text."""
     params, tokens = world
     window, capacity, rate = 3, 5, 0.05
-    slopes_of = jax.jit(
-        jax.value_and_grad(
-            lambda held, shift, cache, a, b: _total(params, held, shift, cache, a, b),
-            (0, 1),
-            has_aux=True,
-        )
-    )
     held, history, losses = {}, {}, []
     zero = np.zeros((CONFIG.layers, 2, 4))
     for low in range(0, 18, window):
         places = list(range(low - capacity, low))
         fresh = list(range(low, low + window))
         shift = {i: {"keys": zero, "values": zero} for i in fresh}
-        present = jnp.asarray([float(i >= 0) for i in places])
+        present = np.asarray([float(i >= 0) for i in places])
         for count in range(steps):
             nothing = {"keys": zero, "values": zero}
             old = _stack([held.get(i, nothing) for i in places])
-            cache = cached.Past(old, present, jnp.asarray(low, jnp.int32))
+            cache = cached.Past(old, present, np.asarray(low, np.int32))
             (_, (found, new)), (g_old, g_new) = slopes_of(
-                old, _stack([shift[i] for i in fresh]), cache,
+                params, old, _stack([shift[i] for i in fresh]), cache,
                 tokens[low : low + window], tokens[low + 1 : low + 1 + window],
             )  # fmt: skip
+            new, g_old, g_new = jax.tree.map(np.asarray, (new, g_old, g_new))
             if count == 0:
                 losses.append(found)
             for at, i in enumerate(fresh):
-                held[i] = {k: np.asarray(new[k][at]) for k in new}
+                held[i] = {k: new[k][at] for k in new}
             for index, i in [*enumerate(places), *enumerate(fresh)]:
                 if i < 0:
                     continue
                 for k in ("keys", "values"):
-                    slope = np.asarray((g_new if i in fresh else g_old)[k][index])
+                    slope = (g_new if i in fresh else g_old)[k][index]
                     past = history.get((i, k), (np.zeros_like(slope), np.zeros_like(slope), 0))
                     move, history[i, k] = adam_by_hand(past, slope, rate)
                     held[i] = held[i] | {k: held[i][k] + move}
@@ -192,27 +199,31 @@ def _total(params, held, shift, cache, inputs, targets):
     return losses.sum(), (losses, new)
 
 
+slopes_of = jax.jit(jax.value_and_grad(_total, (1, 2), has_aux=True))
+
+
 def _stack(each):
-    return {k: jnp.asarray(np.stack([e[k] for e in each])) for k in ("keys", "values")}
+    return {k: np.stack([e[k] for e in each]) for k in ("keys", "values")}
 
 
 def test_texts_side_by_side_are_texts_alone(world):
     params, tokens = world
     other = (tokens * 3 + 1) % 13
-    hso = hidden_states(LOSSES, optax.adam(0.05))
-    caches = jax.vmap(hso.init)(_twice(6))
+    hso = hidden_states(LOSSES, ADAM)
+    init, _ = reader(ADAM, 1)
+    caches = _twice(init(cached.empty(CONFIG, 6, float)))
     step = jax.jit(jax.vmap(hso.step, in_axes=(None, 0, 0, 0)))
-    both, found = jnp.stack([tokens, other]), []
+    both, found = np.stack([tokens, other]), []
     for low in (0, 4, 8):
         losses, caches = step(params, caches, both[:, low : low + 4], both[:, low + 1 : low + 5])
         found.append(losses)
     for mine, text in zip(np.concatenate(found, 1), both, strict=True):
-        alone, _ = read(optax.adam(0.05), params, text[:13], window=4, capacity=6)
+        alone, _ = read(ADAM, params, text[:13], window=4, capacity=6)
         np.testing.assert_allclose(mine, alone, rtol=1e-10, atol=1e-10)
 
 
-def _twice(capacity):
-    return jax.tree.map(lambda x: jnp.stack([x, x]), cached.empty(CONFIG, capacity, float))
+def _twice(tree):
+    return jax.tree.map(lambda x: np.stack([x, x]), tree)
 
 
 def test_what_has_no_meaning_is_refused(world):

@@ -4,12 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick_numbers import parameters
 
 from jmeta.methods import knn_lm
 from jmeta.models import context_keys, gpt2, transformer
 from jmeta.models.heads import token_loss
 
 hidden_and_keys = jax.jit(context_keys.hidden_and_keys, static_argnums=0)
+nearest = jax.jit(knn_lm.nearest, static_argnums=2, static_argnames="block")
+log_likelihood = jax.jit(knn_lm.knn_log_likelihood, static_argnums=2)
+distribution = jax.jit(knn_lm.knn_distribution, static_argnums=(1, 2))
+interpolate = jax.jit(knn_lm.interpolate, static_argnums=2)
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -33,7 +38,7 @@ def brute(keys, asked, k):
 @pytest.mark.parametrize("k", [1, 5, 23])
 def test_search_is_brute_force(block, k):
     store, asked, keys, values = world()
-    found = knn_lm.nearest(store, jnp.asarray(asked), k, block=block)
+    found = jax.tree.map(np.asarray, nearest(store, asked, k, block=block))
     distances, order = brute(keys, asked, k)
     np.testing.assert_allclose(found.distances, distances, rtol=1e-10, atol=1e-10)
     if k > 2:  # duplicates: all three, in the order they were stored
@@ -45,7 +50,7 @@ def test_search_is_brute_force(block, k):
 
 def test_probabilities_are_those_of_the_formula():
     store, asked, keys, values = world()
-    found = knn_lm.nearest(store, jnp.asarray(asked), 8, block=5)
+    found = nearest(store, asked, 8, block=5)
     distances, order = brute(keys, asked, 8)
     weights = np.exp(-distances / 0.7)
     weights /= weights.sum(1, keepdims=True)
@@ -53,14 +58,13 @@ def test_probabilities_are_those_of_the_formula():
     for q in range(5):
         for weight, entry in zip(weights[q], order[q], strict=True):
             expected[q, values[entry]] += weight
-    np.testing.assert_allclose(
-        knn_lm.knn_distribution(found, 7, 0.7), expected, rtol=1e-10, atol=1e-12
-    )
+    np.testing.assert_allclose(distribution(found, 7, 0.7), expected, rtol=1e-10, atol=1e-12)
     for token in range(7):
-        said = knn_lm.knn_log_likelihood(found, jnp.full(5, token), 0.7)
+        said = log_likelihood(found, np.full(5, token), 0.7)
         np.testing.assert_allclose(np.exp(said), expected[:, token], rtol=1e-10, atol=1e-12)
     model = np.full((5, 7), 1 / 7)
-    mixed = knn_lm.interpolate(np.log(model), jnp.log(jnp.asarray(expected)), 0.25)
+    with np.errstate(divide="ignore"):
+        mixed = interpolate(np.log(model), np.log(expected), 0.25)
     np.testing.assert_allclose(
         np.exp(mixed), 0.25 * expected + 0.75 * model, rtol=1e-10, atol=1e-12
     )
@@ -68,41 +72,47 @@ def test_probabilities_are_those_of_the_formula():
 
 def test_limits():
     store, asked, _, values = world()
-    found = knn_lm.nearest(store, jnp.asarray(asked), 23, block=6)
-    targets = jnp.asarray([2, 0, 1, 6, 3])
-    model = jnp.log(jnp.asarray([0.1, 0.2, 0.3, 0.1, 0.3]))
-    said = knn_lm.knn_log_likelihood(found, targets, 1.0)
-    np.testing.assert_array_equal(knn_lm.interpolate(model, said, 0.0), model)
-    np.testing.assert_array_equal(knn_lm.interpolate(model, said, 1.0), said)
+    found = nearest(store, asked, 23, block=6)
+    targets = np.asarray([2, 0, 1, 6, 3])
+    model = np.log(np.asarray([0.1, 0.2, 0.3, 0.1, 0.3]))
+    said = log_likelihood(found, targets, 1.0)
+    np.testing.assert_array_equal(interpolate(model, said, 0.0), model)
+    np.testing.assert_array_equal(interpolate(model, said, 1.0), said)
     unigram = np.bincount(values, minlength=7) / 23
     for temperature in (1e12, np.inf):
-        everywhere = knn_lm.knn_distribution(found, 7, temperature)
+        everywhere = distribution(found, 7, temperature)
         np.testing.assert_allclose(everywhere, np.tile(unigram, (5, 1)), rtol=1e-10, atol=1e-10)
-    first = knn_lm.knn_distribution(found, 7, 1e-9)
+    first = np.asarray(distribution(found, 7, 1e-9))
     np.testing.assert_allclose(
-        first[1:], np.eye(7)[np.asarray(found.values[1:, 0])], rtol=1e-10, atol=1e-12
+        first[1:], np.eye(7)[np.asarray(found.values)[1:, 0]], rtol=1e-10, atol=1e-12
     )
     copies = np.bincount(values[[4, 9, 20]], minlength=7) / 3  # equally near: they share
     np.testing.assert_allclose(first[0], copies, rtol=1e-10, atol=1e-12)
-    absent = knn_lm.nearest(store, jnp.asarray(asked), 1)
-    other = (absent.values[:, 0] + 1) % 7
-    said = knn_lm.knn_log_likelihood(absent, other, 1.0)
+    absent = nearest(store, asked, 1)
+    other = (np.asarray(absent.values)[:, 0] + 1) % 7
+    said = log_likelihood(absent, other, 1.0)
     assert (np.asarray(said) == -np.inf).all()
     np.testing.assert_allclose(
-        knn_lm.interpolate(model, said, 0.25), model + np.log(0.75), rtol=1e-10, atol=1e-12
+        interpolate(model, said, 0.25), model + np.log(0.75), rtol=1e-10, atol=1e-12
     )
 
 
 def test_penalty_has_its_closed_form():
-    keys = jax.random.normal(jax.random.key(0), (2, 3, 4))
-    slope = jax.grad(lambda x: knn_lm.activation_penalty(x, coefficient=0.3))(keys)
+    keys = np.random.default_rng(0).normal(size=(2, 3, 4))
+    slope = jax.jit(jax.grad(lambda x: knn_lm.activation_penalty(x, coefficient=0.3)))(keys)
     np.testing.assert_allclose(slope, 2 * 0.3 * keys / 6, rtol=1e-10, atol=1e-12)
-    weights = jnp.asarray([[1.0, 1, 0], [1, 0, 0]])
-    slope = jax.grad(lambda x: knn_lm.activation_penalty(x, weights, coefficient=0.3))(keys)
+    weights = np.asarray([[1.0, 1, 0], [1, 0, 0]])
+
+    @jax.jit
+    def weighted(keys, weights):
+        penalty = lambda x: knn_lm.activation_penalty(x, weights, coefficient=0.3)  # noqa: E731
+        return jax.value_and_grad(penalty)(keys)
+
+    slope = weighted(keys, weights)[1]
     np.testing.assert_allclose(
         slope, 2 * 0.3 * keys * weights[..., None] / 3, rtol=1e-10, atol=1e-12
     )
-    assert knn_lm.activation_penalty(keys, 0 * weights, coefficient=0.3) == 0
+    assert weighted(keys, 0 * weights)[0] == 0
 
 
 @pytest.mark.parametrize("kind", ["decoder", "gpt2"])
@@ -110,24 +120,26 @@ def test_penalty_has_its_closed_form():
 def test_keys_are_what_the_last_feed_forward_layer_reads(kind, layers):
     """Whatever is put there moves the states as the rest of the last block says."""
     shape = {"vocab": 11, "width": 8, "layers": layers, "heads": 2, "max_len": 6, "loop": "scan"}
-    tokens = jax.random.randint(jax.random.key(3), (2, 5), 0, 11)
-    mask = jnp.asarray([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    tokens = np.random.default_rng(3).integers(0, 11, (2, 5))
+    mask = np.asarray([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
     if kind == "decoder":
         config = transformer.TransformerConfig(**shape)
-        params = jax.jit(transformer.init, static_argnums=0)(config, jax.random.key(0))
+        params = parameters(transformer, config, spread=0.1)
         whole = jax.jit(transformer.hidden, static_argnums=0)(config, params, tokens, mask)
     else:
         config = gpt2.GPT2Config(**shape)
-        params = jax.jit(gpt2.init, static_argnums=0)(config, jax.random.key(0))
+        params = parameters(gpt2, config, spread=0.1)
         batch = {"tokens": tokens, "mask": mask}
         whole = jax.jit(gpt2.hidden, static_argnums=0)(config, params, batch)
-    states, keys = hidden_and_keys(config, params, tokens, mask)
+    states, keys, whole = map(np.asarray, (*hidden_and_keys(config, params, tokens, mask), whole))
     real = np.asarray(mask, bool)
     np.testing.assert_allclose(states[real], whole[real], rtol=1e-10, atol=1e-10)
     # The last feed-forward layer without its output leaves the residual stream x; with it, x + f.
-    off = jax.tree.map(lambda x: x.at[-1].set(0), params["blocks"]["mlp"])
+    off = jax.tree.map(np.copy, params["blocks"]["mlp"])
+    for leaf in jax.tree.leaves(off):
+        leaf[-1] = 0
     without = {**params, "blocks": {**params["blocks"], "mlp": off}}
-    unit = {"scale": jnp.ones(8), "bias": jnp.zeros(8)}
+    unit = {"scale": np.ones(8), "bias": np.zeros(8)}
     bare, _ = hidden_and_keys(config, {**without, "ln_f": unit}, tokens, mask)
     last = jax.tree.map(lambda x: np.asarray(x[-1]), params["blocks"])
     np.testing.assert_allclose(

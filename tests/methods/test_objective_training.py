@@ -17,7 +17,7 @@ WIDTH = 3
 
 
 def noisy(rows, key):
-    return rows + 0.1 * jax.random.normal(key, rows.shape)
+    return rows + jax.random.uniform(key, rows.shape, minval=-0.2, maxval=0.2)
 
 
 def squares(to):
@@ -35,36 +35,45 @@ OBJECTIVES = [Objective(f"to {to}", noisy, squares(to)) for to in (0.0, 1.0, -2.
 
 @pytest.fixture
 def rows():
-    return jax.random.normal(jax.random.key(0), (16, WIDTH))
+    return jnp.asarray(np.random.default_rng(0).normal(size=(16, WIDTH)), jnp.float32)
+
+
+def compiled(measure):
+    """A measure that reads the parameters and its key alone, as one program."""
+    return jax.jit(lambda params, key: measure(params, None, None, None, key))
+
+
+def drawing(learner):
+    return jax.jit(lambda state, key: methods.draw_objective(learner, state, key))
 
 
 def test_paired_rewards_are_zero_where_nothing_was_learned_and_fresh_ones_are_not(rows):
     params, keys = jnp.ones(WIDTH), jax.random.split(jax.random.key(1))
-    paired = methods.paired_losses(OBJECTIVES, rows, jax.random.key(2))
-    fresh = methods.fresh_losses(OBJECTIVES, rows, 8)
+    paired = compiled(methods.paired_losses(OBJECTIVES, rows, jax.random.key(2)))
+    fresh = compiled(methods.fresh_losses(OBJECTIVES, rows, 8))
     for measure, same in ((paired, True), (fresh, False)):
-        first, again = (measure(params, None, None, None, key) for key in keys)
+        first, again = (measure(params, key) for key in keys)
         reward = methods.relative_improvement(first, again, threshold=0.0)
         # one is exactly zero, but for the epsilons in its numerator that the threshold takes out
         assert bool((reward == 0).all()) == same, measure
-    moved = paired(params + 0.1, None, None, None, keys[0])
-    assert (moved != paired(params, None, None, None, keys[0])).all()
+    moved, same = (np.asarray(paired(params + by, keys[0])) for by in (0.1, 0.0))
+    assert (moved != same).all()
 
 
 def test_a_step_is_the_gradient_of_the_objective_that_was_drawn(rows):
     learner = methods.fixed_mix([1, 2, 3])
     mg = methods.sampled_training(OBJECTIVES, learner)
     params, state, names = jnp.ones(WIDTH), mg.init(jnp.ones(WIDTH), None), set()
-    step = jax.jit(mg.estimate)
+    step, draw = jax.jit(mg.estimate), drawing(learner)
+    alone = lambda p, k, i: methods.objective_loss(OBJECTIVES[i], p, rows, k, train=True)  # noqa: E731
+    slope = jax.jit(jax.value_and_grad(alone), static_argnums=2)
     for seed in range(12):
         key = jax.random.key(seed)
         draw_key, loss_key, _ = jax.random.split(key, 3)
-        index, expected_state = methods.draw_objective(learner, state, draw_key)
+        index, expected_state = draw(state, draw_key)
         objective = OBJECTIVES[int(index)]
         names.add(objective.name)
-        loss, expected = jax.value_and_grad(
-            lambda p, o=objective, k=loss_key: methods.objective_loss(o, p, rows, k, train=True)
-        )(params)
+        loss, expected = slope(params, loss_key, int(index))
         grads, state, info = step(params, state, Episode(None, rows), key)
         np.testing.assert_allclose(grads, expected, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(info.loss, loss, rtol=1e-6)
@@ -78,14 +87,15 @@ def test_windows_measure_once_and_the_sampler_learns_from_the_counts(rows):
     measure = methods.paired_losses(OBJECTIVES, rows, jax.random.key(3))
     mg = methods.sampled_training(OBJECTIVES, learner, measure, window=4)
     params, step = jnp.full(WIDTH, 5.0), jax.jit(mg.estimate)
+    draw, losses, update = drawing(learner), compiled(measure), jax.jit(learner.update)
     state = mg.init(params, None)
-    by_hand = learner.update(learner.init(), jnp.zeros(3), measure(params, None, None, None, None))
+    by_hand = update(learner.init(), jnp.zeros(3), losses(params, None))
     for at in range(9):
         key = jax.random.key(at)
         if at in (4, 8):  # the parameters as the window's last step left them
-            now = measure(params, None, None, None, None)
-            by_hand = learner.update(by_hand, by_hand.counts, now)
-        _, by_hand = methods.draw_objective(learner, by_hand, jax.random.split(key, 3)[0])
+            now = losses(params, None)
+            by_hand = update(by_hand, by_hand.counts, now)
+        _, by_hand = draw(by_hand, jax.random.split(key, 3)[0])
         grads, state, _ = step(params, state, Episode(None, rows), key)
         params = params - 0.05 * grads
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), state, by_hand)
@@ -103,7 +113,9 @@ def test_all_devices_draw_the_same_and_eight_train_as_one(rows):
     measure = methods.paired_losses(OBJECTIVES, rows, jax.random.key(4))
     mg = methods.sampled_training(OBJECTIVES, learner, measure, window=3)
     sample = fit.from_function(
-        lambda step: Episode(None, np.asarray(jax.random.normal(jax.random.key(step), (16, WIDTH))))
+        lambda step: Episode(
+            None, np.random.default_rng(step).normal(size=(16, WIDTH)).astype(np.float32)
+        )
     )
     runs = {}
     for name, mesh in (
@@ -143,10 +155,8 @@ def mixture_case(rows, dtype=float):
         OBJECTIVES, lambda meta: optax.sgd(0.1), rows, jax.random.key(5)
     )
     meta = Mixture(jnp.asarray([0.3, -0.2, 0.5], dtype), jnp.full(WIDTH, 2.0, dtype))
-    start = methods.paired_losses(OBJECTIVES, rows, jax.random.key(5))(
-        meta.params, None, None, None, None
-    )
-    support = jax.random.normal(jax.random.key(6), (2, 4, WIDTH)).astype(dtype)
+    start = compiled(methods.paired_losses(OBJECTIVES, rows, jax.random.key(5)))(meta.params, None)
+    support = jnp.asarray(np.random.default_rng(6).normal(size=(2, 4, WIDTH)), dtype)
     return problem, meta, Episode(Steps(support), start)
 
 
@@ -154,12 +164,14 @@ def mixture_case(rows, dtype=float):
 def test_the_gradient_of_the_mixture_equals_central_differences(x64, rows, estimator):
     problem, meta, episode = mixture_case(rows.astype(float))
     mg, key = estimator(problem, 2), jax.random.key(7)
-    grads, _, _ = jax.jit(mg.estimate)(meta, (), episode, key)
+    estimate = jax.jit(mg.estimate)
+    grads, _, _ = estimate(meta, (), episode, key)
     np.testing.assert_array_equal(grads.params, 0)  # where the steps start is a constant
-    value = jax.jit(lambda logits: mg.estimate(meta._replace(logits=logits), (), episode, key)[2])
+    value = lambda logits: estimate(meta._replace(logits=logits), (), episode, key)[2]  # noqa: E731
+    logits = np.asarray(meta.logits)
     for k in range(3):
-        bump = 1e-5 * jnp.eye(3)[k]
-        up, down = (value(meta.logits + s * bump).loss for s in (1, -1))
+        bump = 1e-5 * np.eye(3)[k]
+        up, down = (value(logits + s * bump).loss for s in (1, -1))
         np.testing.assert_allclose(grads.logits[k], (up - down) / 2e-5, rtol=1e-7, atol=1e-9)
 
 
@@ -171,23 +183,28 @@ def test_the_gradient_of_one_step_is_the_alignment_of_gradients(x64):
     measure = methods.mixture_gradients(
         exact, optax.sgd(0.1), held_out, jax.random.key(0), steps=1, batch=4
     )
-    found = measure(params, None, p, batch, jax.random.key(1))
-    gradients = jnp.stack(
-        [jax.grad(lambda x, o=o: o.loss(x, batch, None)[0])(params) for o in exact]
-    )
-    mean = p @ gradients
-    moved = params - 0.1 * mean
-    start = jnp.stack([o.loss(params, held_out, None)[0] for o in exact])
-    outer = jax.grad(
-        lambda x: sum(o.loss(x, held_out, None)[0] / s for o, s in zip(exact, start, strict=True))
-    )(moved)
-    by_hand = -0.1 * p * ((gradients - mean[None]) @ outer)
-    np.testing.assert_allclose(found, by_hand, rtol=0, atol=1e-10)
+    found = jax.jit(lambda p: measure(params, None, p, batch, jax.random.key(1)))(p)
+
+    @jax.jit
+    def by_hand(params, p):
+        gradients = jnp.stack(
+            [jax.grad(lambda x, o=o: o.loss(x, batch, None)[0])(params) for o in exact]
+        )
+        mean = p @ gradients
+        start = jnp.stack([o.loss(params, held_out, None)[0] for o in exact])
+        outer = jax.grad(
+            lambda x: sum(
+                o.loss(x, held_out, None)[0] / s for o, s in zip(exact, start, strict=True)
+            )
+        )(params - 0.1 * mean)
+        return -0.1 * p * ((gradients - mean[None]) @ outer)
+
+    np.testing.assert_allclose(found, by_hand(params, p), rtol=0, atol=1e-10)
 
 
 def test_a_learned_mixture_finds_the_objective_that_serves_the_held_out_one():
     """Held-out losses of all three fall fastest towards the middle one's minimum."""
-    rows = 0.1 * jax.random.normal(jax.random.key(8), (16, WIDTH))
+    rows = jnp.asarray(0.1 * np.random.default_rng(8).normal(size=(16, WIDTH)), jnp.float32)
     measure = methods.mixture_gradients(
         OBJECTIVES, optax.sgd(0.1), rows, jax.random.key(9), steps=2, batch=8
     )

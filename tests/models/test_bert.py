@@ -71,13 +71,15 @@ def close(a, b, tolerance=1e-10):
 def test_padding_changes_neither_loss_nor_gradient(x64, kind, head, left):
     types = 0 if kind == "distilbert" else 2
     config = CONFIG._replace(kind=kind, head=head, types=types)
+    if (kind, head) != ("bert", "masked_lm"):  # one case: a block above another's padding
+        config = config._replace(layers=1, loop="unroll")
     params = draw(config)
     run = quick_jit(jax.value_and_grad(lambda p, b: bert.loss(config, p, b)[0]))
     close(run(params, batch()), run(params, padded(left)))
 
 
 def test_a_row_of_padding_alone_counts_nothing(x64):
-    config = CONFIG._replace(head="classify")
+    config = CONFIG._replace(head="classify", layers=1, loop="unroll")
     params = draw(config)
     run = quick_jit(jax.value_and_grad(lambda p, b: bert.loss(config, p, b)[0]))
     more = {
@@ -87,9 +89,9 @@ def test_a_row_of_padding_alone_counts_nothing(x64):
         "y": np.append(BATCH["y"], 1),
     }
     close(run(params, batch()), run(params, batch(**more)))
-    vectors = embed(config, params, batch(**more))
+    vectors = np.asarray(embed(config, params, batch(**more)))
     assert (vectors[2] == 0).all()
-    close(jnp.linalg.norm(vectors[:2], axis=-1), np.ones(2))
+    close(np.linalg.norm(vectors[:2], axis=-1), np.ones(2))
 
 
 def test_roberta_counts_positions_from_the_padding_index(x64):
@@ -106,13 +108,14 @@ def test_roberta_counts_positions_from_the_padding_index(x64):
 
 def test_loops_remats_and_attention_agree(x64):
     """Values and gradients, dropout included."""
-    config = CONFIG._replace(dropout=0.2, attention_dropout=0.1)
+    config = CONFIG._replace(dropout=0.2, attention_dropout=0.1, head=None)
     params = draw(config)
 
     @functools.partial(quick_jit, static_argnums=0)
     def run(config, params):
-        score = lambda p: bert.loss(config, p, batch(), jax.random.key(5))[0]  # noqa: E731
-        return jax.value_and_grad(score)(params)
+        key = jax.random.key(5, impl="unsafe_rbg")  # its bits take less to compile
+        cubes = lambda p: (bert.hidden(config, p, batch(), key) ** 3).sum()  # noqa: E731
+        return jax.value_and_grad(cubes)(params)
 
     reference = run(config, params)
     for loop, remat in (("scan", "full"), ("unroll", "hidden")):
@@ -123,29 +126,36 @@ def test_dropout_follows_the_key():
     params = draw(CONFIG)
     for rates in ({"dropout": 0.5}, {"attention_dropout": 0.5}):
         config = CONFIG._replace(head=None, **rates)
-        run = lambda key, config=config: hidden(config, params, batch(), key)  # noqa: E731
-        assert (run(None) == hidden(CONFIG, params, batch())).all()
+        run = lambda key, config=config: np.asarray(  # noqa: E731
+            hidden(config, params, batch(), key)
+        )
+        assert (run(None) == np.asarray(hidden(CONFIG, params, batch()))).all()
         one, same, other = (run(jax.random.key(seed)) for seed in (1, 1, 2))
         assert (one == same).all()
-        assert jnp.abs(one - other).max() > 0.01
+        assert np.abs(one - other).max() > 0.01
     config = CONFIG._replace(head="classify", head_dropout=0.5)
-    run = lambda key: apply(config, draw(config), batch(), key)  # noqa: E731
-    assert jnp.abs(run(jax.random.key(1)) - run(jax.random.key(2))).max() > 0.001
+    run = lambda key: np.asarray(apply(config, draw(config), batch(), key))  # noqa: E731
+    assert np.abs(run(jax.random.key(1)) - run(jax.random.key(2))).max() > 0.001
 
 
 def test_leading_axes_are_batches(x64):
     params = draw(CONFIG)
-    folded = {k: v.reshape(2, 1, *v.shape[1:]) for k, v in batch().items()}
+    folded = batch(**{k: v.reshape(2, 1, *v.shape[1:]) for k, v in BATCH.items()})
     close(
-        apply(CONFIG, params, folded)[:, 0],
+        np.asarray(apply(CONFIG, params, folded))[:, 0],
         apply(CONFIG, params, batch()),
     )
     close(loss(CONFIG, params, folded), loss(CONFIG, params, batch()))
 
 
+def log_softmax(scores, axis):
+    scores = np.asarray(scores)
+    return scores - np.log(np.exp(scores).sum(axis, keepdims=True))
+
+
 def test_losses_are_the_naive_formulas(x64):
     params = draw(CONFIG)
-    scores = jax.nn.log_softmax(apply(CONFIG, params, batch()))
+    scores = log_softmax(apply(CONFIG, params, batch()), -1)
     labels = BATCH["labels"]
     picked = [-scores[i, t, labels[i, t]] for i, t in zip(*np.nonzero(labels >= 0), strict=True)]
     value, aux = loss(CONFIG, params, batch())
@@ -154,13 +164,14 @@ def test_losses_are_the_naive_formulas(x64):
     weights = np.array([[2.0, 9, 0, 0], [1, 9, 9, 0]])
     value, _ = loss(CONFIG, params, batch(weights=weights))
     close(value, (2 * picked[0] + picked[2]) / 3)
-    last = batch(mask=np.array([[1, 1, 1, 1], [1, 1, 1, 0]]), weights=np.full((2, 4), 5.0))
+    short = np.array([[1, 1, 1, 1], [1, 1, 1, 0]], np.float32)
+    last = batch(mask=short, weights=np.full((2, 4), 5.0))
     assert (
         loss(CONFIG, params, last)[1]["tokens"] == 15
     )  # a pad weighs nothing, whatever it is given
     config = CONFIG._replace(head="spans")
     params = draw(config)
-    scores = jax.nn.log_softmax(apply(config, params, batch()), axis=1)
+    scores = log_softmax(apply(config, params, batch()), 1)
     starts = -(scores[0, 1, 0] + scores[1, 0, 0]) / 2
     ends = -(scores[0, 2, 1] + scores[1, 3, 1]) / 2
     close(loss(config, params, batch())[0], (starts + ends) / 2)
@@ -182,22 +193,22 @@ def second_order(f, x):
         return jax.jvp(jax.grad(f), (x,), (v,))[1], jax.grad(along)(x)
 
     both = jax.tree.leaves(products(x))
-    assert all(jnp.isfinite(leaf).all() for leaf in both)
-    return max(float(jnp.abs(leaf).max()) for leaf in both)
+    assert all(np.isfinite(leaf).all() for leaf in both)
+    return max(float(np.abs(leaf).max()) for leaf in both)
 
 
 @pytest.mark.parametrize("kind", ["tanh", "exact"])
 def test_gelu_has_a_second_derivative_everywhere(kind):
     x = jnp.array([-30.0, -3.0, -0.0, 0.0, 1e-30, 3.0, 30.0])
     assert second_order(lambda x: (primitives.gelu(x, kind) ** 2).sum(), x) < 10
-    exact = jax.vmap(jax.grad(jax.grad(lambda x: primitives.gelu(x, kind))))(jnp.zeros(1))
-    close(exact, np.full(1, (2 / np.pi) ** 0.5 if kind == "tanh" else 2 * 0.3989423), 1e-5)
+    exact = quick_jit(jax.grad(jax.grad(lambda x: primitives.gelu(x, kind))))(0.0)
+    close(exact, np.asarray((2 / np.pi) ** 0.5 if kind == "tanh" else 2 * 0.3989423), 1e-5)
 
 
 def test_rows_that_see_nothing_have_finite_derivatives():
     scores = jnp.linspace(-3.0, 3.0, 8).reshape(1, 1, 2, 4)
     allowed = jnp.array([[True, True, False, True], [False] * 4])[None, None]
-    value = attention.masked_softmax(scores, allowed)
+    value = np.asarray(quick_jit(attention.masked_softmax)(scores, allowed))
     assert value[0, 0, 0, 2] == 0
     close(value[0, 0, 1], np.full(4, 0.25), 1e-6)
     second_order(lambda s: (attention.masked_softmax(s, allowed) ** 3).sum(), scores)
@@ -207,14 +218,14 @@ def test_rows_that_see_nothing_have_finite_derivatives():
 def test_normalisation_at_zero_variance_has_finite_derivatives(eps):
     weights = {"scale": jnp.ones(4), "bias": jnp.zeros(4)}
     x = jnp.full((1, 4), 3.0)
-    assert (primitives.layer_norm(x, weights, eps) == 0).all()
+    assert (np.asarray(quick_jit(primitives.layer_norm)(x, weights, eps)) == 0).all()
     second_order(lambda x: (primitives.layer_norm(x, weights, eps) ** 3).sum(), x)
 
 
 def test_unit_vectors_at_zero_have_finite_derivatives():
     x = jnp.array([[0.0, 0.0], [3.0, 4.0]])
     second_order(lambda x: (heads.unit(x) ** 3).sum(), x)
-    close(heads.unit(x)[1], np.array([0.6, 0.8]), 1e-6)
+    close(np.asarray(quick_jit(heads.unit)(x))[1], np.array([0.6, 0.8]), 1e-6)
 
 
 def test_a_batch_with_a_row_of_padding_has_a_finite_second_order():
@@ -253,7 +264,7 @@ def test_wrong_arguments_are_refused():
 
 def test_fused_attention_is_the_same_function():
     params = draw(CONFIG)
-    for mask in (np.ones((2, 4)), np.array([[1, 1, 0, 0], [1, 1, 1, 1]])):
+    for mask in (np.ones((2, 4)), np.array([[1.0, 1, 0, 0], [1, 1, 1, 1]])):
         plain, fused = (
             embed(CONFIG._replace(attention=a), params, batch(mask=mask)) for a in ("xla", "fused")
         )

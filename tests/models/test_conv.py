@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_params import random_like
 
 from jmeta.models import conv
 
@@ -14,12 +15,22 @@ def close(a, b, tolerance=1e-10):
     )
 
 
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+
+
+def params_of(**shape):
+    return random_like(jax.eval_shape(lambda: conv.init(jax.random.key(0), **shape)))
+
+
 def derivatives(f):
     """Value, gradient and Hessian-vector product of a scalar function, compiled."""
 
     def run(*args):
-        value, grads = jax.value_and_grad(f, tuple(range(len(args))))(*args)
-        product = jax.jvp(jax.grad(f, tuple(range(len(args)))), args, grads)[1]
+        directions = [jnp.cos(3 * arg) for arg in args]
+        both = jax.value_and_grad(f, tuple(range(len(args))))
+        # The derivative of a gradient brings value and gradient: traced and compiled once.
+        (value, grads), (_, product) = jax.jvp(both, args, tuple(directions))
         return value, grads, product
 
     return jax.jit(run)
@@ -27,8 +38,7 @@ def derivatives(f):
 
 @pytest.mark.parametrize("shape", [(2, 6, 5, 3), (1, 1, 1, 2), (3, 7, 7, 1)])
 def test_both_convolutions_agree_to_second_order(x64, shape):
-    keys = jax.random.split(jax.random.key(0), 2)
-    x, kernel = jax.random.normal(keys[0], shape), jax.random.normal(keys[1], (3, 3, shape[3], 4))
+    x, kernel = normal(*shape), normal(3, 3, shape[3], 4, seed=1)
     close(
         *(
             derivatives(lambda x, k, f=f: jnp.sin(f(x, k)).sum())(x, kernel)
@@ -39,15 +49,16 @@ def test_both_convolutions_agree_to_second_order(x64, shape):
 
 def test_convolution_by_hand(x64):
     """One filter that reads the pixel above: the image moves down, zeros come in at the top."""
-    x = jnp.arange(9.0).reshape(1, 3, 3, 1)
-    kernel = jnp.zeros((3, 3, 1, 1)).at[0, 1].set(1)
+    x, kernel = np.arange(9.0).reshape(1, 3, 3, 1), np.zeros((3, 3, 1, 1))
+    kernel[0, 1] = 1
     moved = [[0, 0, 0], [0, 1, 2], [3, 4, 5]]
-    close(conv.conv_as_matmul(x, kernel)[0, :, :, 0], np.array(moved))
+    found = np.asarray(jax.jit(conv.conv_as_matmul)(x, kernel))
+    close(found[0, :, :, 0], np.array(moved))
 
 
 @pytest.mark.parametrize("size", [(4, 6), (5, 7)])
 def test_max_pool_is_reduce_window_to_second_order(x64, size):
-    x = jax.random.normal(jax.random.key(1), (2, *size, 3))
+    x = normal(2, *size, 3)
 
     def reference(x):
         return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
@@ -56,18 +67,19 @@ def test_max_pool_is_reduce_window_to_second_order(x64, size):
 
 
 def test_equal_maxima_give_their_gradient_once(x64):
-    grads = jax.grad(lambda x: conv.max_pool(x).sum())(jnp.zeros((1, 2, 2, 1)))
-    close(grads[0, :, :, 0], np.array([[1.0, 0.0], [0.0, 0.0]]))
+    grads = jax.jit(jax.grad(lambda x: conv.max_pool(x).sum()))(jnp.zeros((1, 2, 2, 1)))
+    close(np.asarray(grads)[0, :, :, 0], np.array([[1.0, 0.0], [0.0, 0.0]]))
 
 
 def test_batch_norm_is_numpy_and_survives_a_constant_channel(x64):
-    x = jax.random.normal(jax.random.key(2), (3, 4, 4, 2)).at[..., 1].set(5.0)
-    scale, bias = jnp.array([2.0, 3.0]), jnp.array([0.5, -1.0])
-    array = np.asarray(x)
-    expected = (array - array.mean((0, 1, 2))) / np.sqrt(array.var((0, 1, 2)) + 1e-5)
-    close(conv.batch_norm(x, scale, bias), expected * np.array([2.0, 3.0]) + np.array([0.5, -1.0]))
-    second = jax.jacfwd(jax.jacrev(lambda x: (conv.batch_norm(x, scale, bias) ** 2).sum()))(x)
-    assert jnp.isfinite(second).all()
+    x = np.random.default_rng(2).normal(size=(3, 4, 4, 2))
+    x[..., 1] = 5.0
+    scale, bias = np.array([2.0, 3.0]), np.array([0.5, -1.0])
+    expected = (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-5)
+    close(jax.jit(conv.batch_norm)(x, scale, bias), expected * scale + bias)
+    square = lambda x: (conv.batch_norm(x, scale, bias) ** 2).sum()  # noqa: E731
+    second = jax.jit(jax.jacfwd(jax.jacrev(square)))(x)
+    assert np.isfinite(second).all()
 
 
 def numpy_features(params, x, blocks):
@@ -91,49 +103,47 @@ def numpy_features(params, x, blocks):
 
 @pytest.mark.parametrize("filters", [32, 64])
 def test_network_equals_numpy(x64, filters):
-    params = conv.init(jax.random.key(3), classes=5, filters=filters)
+    params = params_of(classes=5, filters=filters)
     # Negative scales too: pooling before ReLU must not assume that they are positive.
-    scale = jnp.where(jnp.arange(filters) % 3 == 0, -1.0, 1.0)
-    params["block1"]["scale"] = scale
-    x = jax.random.uniform(jax.random.key(4), (4, 28, 28, 1))
-    expected = numpy_features(params, np.asarray(x), blocks=4)
+    params["block1"]["scale"] = np.where(np.arange(filters) % 3 == 0, -1.0, 1.0)
+    x = np.random.default_rng(4).uniform(size=(4, 28, 28, 1))
+    expected = numpy_features(params, x, blocks=4)
     assert expected.shape == (4, filters)
-    close(jax.jit(conv.features)(params, x), expected)
+    features, scores = jax.jit(lambda p, x: (conv.features(p, x), conv.apply(p, x)))(params, x)
+    close(features, expected)
     head = jax.tree.map(np.asarray, params["head"])
-    close(jax.jit(conv.apply)(params, x), expected @ head["kernel"] + head["bias"])
+    close(scores, expected @ head["kernel"] + head["bias"])
 
 
 def test_spellings_agree_inside_an_inner_loop(x64, monkeypatch):
     """The exact meta-gradient after one step on a small network, by either convolution."""
-    params = conv.init(jax.random.key(5), classes=2, channels=2, filters=4, size=9, blocks=2)
-    x = jax.random.normal(jax.random.key(6), (2, 6, 9, 9, 2))
-    y = jax.nn.one_hot(jnp.arange(6) % 2, 2)
+    params = params_of(classes=2, channels=2, filters=4, size=9, blocks=2)
+    x, y = np.random.default_rng(6).normal(size=(2, 6, 9, 9, 2)), np.eye(2)[np.arange(6) % 2]
 
     def loss(p, x, convolve):
         return -(jax.nn.log_softmax(conv.apply(p, x, convolve)) * y).sum()
 
-    def after_a_step(p, convolve=conv.conv_native):
+    def after_a_step(p, convolve):
         grads = jax.grad(loss)(p, x[0], convolve)
         return loss(jax.tree.map(lambda a, g: a - 0.01 * g, p, grads), x[1], convolve)
 
-    by = {
-        convolve: jax.jit(jax.value_and_grad(after_a_step), static_argnums=1)(params, convolve)
-        for convolve in (conv.conv_as_matmul, conv.conv_native, None)
-    }
+    run = jax.jit(jax.value_and_grad(after_a_step), static_argnums=1)
+    by = {f: run(params, f) for f in (conv.conv_as_matmul, conv.conv_native, None)}
     native = by[conv.conv_native]
     close(by[conv.conv_as_matmul], native, 1e-9)
     close(by[None], by[conv.conv_as_matmul], 0)  # by default: this is a CPU
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert "conv_general_dilated" in str(jax.make_jaxpr(conv.features)(params, x[0]))
     h = 1e-5
-    kernel = params["block0"]["kernel"]
-    v = jnp.sin(jnp.arange(kernel.size, dtype=kernel.dtype)).reshape(kernel.shape)
+    kernel = np.asarray(params["block0"]["kernel"])
+    v = np.sin(np.arange(kernel.size, dtype=kernel.dtype)).reshape(kernel.shape)
 
     def shifted(step):
-        return after_a_step(params | {"block0": params["block0"] | {"kernel": kernel + step * v}})
+        moved = params | {"block0": params["block0"] | {"kernel": kernel + step * v}}
+        return float(run(moved, conv.conv_native)[0])
 
-    numeric = (jax.jit(shifted)(h) - jax.jit(shifted)(-h)) / (2 * h)
-    close((native[1]["block0"]["kernel"] * v).sum(), numeric, 1e-6)
+    numeric = (shifted(h) - shifted(-h)) / (2 * h)
+    close((np.asarray(native[1]["block0"]["kernel"]) * v).sum(), numeric, 1e-6)
 
 
 def test_too_many_blocks_are_refused():

@@ -6,25 +6,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_params import random_params
 
 from jmeta.models import decoding, gpt2, transformer
 
 pytestmark = pytest.mark.usefixtures("x64")
 
 
+extend = jax.jit(decoding.extend, static_argnums=0)
+
+
 def model(kind):
     shape = {"vocab": 13, "width": 8, "layers": 2, "heads": 2, "max_len": 10}
     if kind == "gpt2":
-        config, init = gpt2.GPT2Config(**shape), gpt2.init
-    else:
-        config, init = transformer.TransformerConfig(**shape), transformer.init
-    params = init(config, jax.random.key(0))
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return config, jax.tree.unflatten(structure, noisy)
+        config = gpt2.GPT2Config(**shape)
+        return config, random_params(gpt2, config)
+    config = transformer.TransformerConfig(**shape)
+    return config, random_params(transformer, config)
 
 
+def tokens_of(*shape):
+    return np.random.default_rng(2).integers(0, 13, shape)
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def whole(config, params, tokens):
     if isinstance(config, gpt2.GPT2Config):
         return gpt2.hidden(config, params, {"tokens": tokens})
@@ -35,20 +40,19 @@ def whole(config, params, tokens):
 @pytest.mark.parametrize("parts", [[1] * 7, [3, 1, 3], [7]])
 def test_parts_of_a_sequence_give_its_states(kind, parts):
     config, params = model(kind)
-    tokens = jax.random.randint(jax.random.key(2), (3, 7), 0, 13)
+    tokens = tokens_of(3, 7)
     cache, outs, first = decoding.init_cache(config, params, 3, room=8), [], 0
-    extend = jax.jit(functools.partial(decoding.extend, config))
     for part in parts:
-        out, cache = extend(params, cache, tokens[:, first : first + part])
+        out, cache = extend(config, params, cache, tokens[:, first : first + part])
         outs, first = [*outs, out], first + part
-    expected = jax.jit(functools.partial(whole, config))(params, tokens)
-    np.testing.assert_allclose(jnp.concatenate(outs, 1), expected, rtol=1e-10, atol=1e-12)
+    expected = whole(config, params, tokens)
+    np.testing.assert_allclose(np.concatenate(outs, 1), expected, rtol=1e-10, atol=1e-12)
     assert int(cache.length) == 7
 
 
 def test_gradients_through_the_cache_are_those_of_the_whole():
     config, params = model("gpt2")
-    tokens = jax.random.randint(jax.random.key(2), (1, 6), 0, 13)
+    tokens = tokens_of(1, 6)
 
     def by_parts(params):
         cache, total = decoding.init_cache(config, params, 1), 0.0
@@ -65,11 +69,11 @@ def test_gradients_through_the_cache_are_those_of_the_whole():
 
 def test_beyond_its_room_a_cache_gives_no_number():
     config, params = model("transformer")
-    tokens, extend = jnp.ones((1, 3), jnp.int32), functools.partial(decoding.extend, config, params)
-    first, cache = extend(decoding.init_cache(config, params, 1, room=5), tokens)
-    assert jnp.isfinite(first).all()
-    assert jnp.isfinite(extend(cache, tokens[:, :2])[0]).all()
-    assert jnp.isnan(extend(cache, tokens)[0]).all()
+    tokens = np.ones((1, 3), np.int32)
+    first, cache = extend(config, params, decoding.init_cache(config, params, 1, room=5), tokens)
+    assert np.isfinite(first).all()
+    assert np.isfinite(extend(config, params, cache, tokens[:, :2])[0]).all()
+    assert np.isnan(extend(config, params, cache, tokens)[0]).all()
 
 
 def test_what_cannot_be_read_token_by_token_is_refused():

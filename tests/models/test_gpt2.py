@@ -54,6 +54,8 @@ def close(a, b, tolerance=1e-10):
 @pytest.mark.parametrize("head", ["causal_lm", "classify", "spans"])
 def test_padding_on_either_side_changes_neither_loss_nor_gradient(x64, head):
     config = CONFIG._replace(head=head)
+    if head != "causal_lm":  # one case: a block above another's padding
+        config = config._replace(layers=1, loop="unroll")
     params = draw(config)
     run = quick_jit(jax.value_and_grad(lambda p, b: gpt2.loss(config, p, b)[0]))
     plain = run(params, batch())
@@ -64,10 +66,10 @@ def test_padding_on_either_side_changes_neither_loss_nor_gradient(x64, head):
 def test_the_last_real_token_classifies(x64):
     config = CONFIG._replace(head="classify")
     params = draw(config)
-    kernel = params["head"]["out"]["kernel"]
+    kernel = np.asarray(params["head"]["out"]["kernel"])
     for left in (False, True):
         made = padded(left)
-        states = hidden(config, params, made)
+        states = np.asarray(hidden(config, params, made))
         last = 5 if left else 3
         close(apply(config, params, made), states[:, last] @ kernel)
     mask = jnp.array([[0, 1, 0, 1, 0], [0, 0, 0, 0, 0]])
@@ -80,16 +82,22 @@ def test_positions_can_be_given(x64):
     params = draw(CONFIG)
     made = padded(left=True)
     given = hidden(CONFIG, params, {**made, "positions": gpt2.positions(made["mask"])})
-    close(hidden(CONFIG, params, made)[:, 2:], given[:, 2:])
-    plain = {**made, "positions": jnp.broadcast_to(jnp.arange(6), (2, 6))}
-    moved = hidden(CONFIG, params, plain)
-    assert (jnp.abs(moved - given)[:, 2:].max(-1) > 1e-4).all()
+    given = np.asarray(given)
+    close(np.asarray(hidden(CONFIG, params, made))[:, 2:], given[:, 2:])
+    plain = {**made, "positions": jnp.asarray(np.tile(np.arange(6), (2, 1)))}
+    moved = np.asarray(hidden(CONFIG, params, plain))
+    assert (np.abs(moved - given)[:, 2:].max(-1) > 1e-4).all()
 
 
 def test_without_biases_it_is_the_plain_decoder(x64):
     config = CONFIG._replace(head="causal_lm")
     params = draw(config)
-    plain = transformer.TransformerConfig(vocab=13, width=8, layers=2, heads=2, max_len=6, ff=10)
+    plain = transformer.TransformerConfig(
+        vocab=13, width=8, layers=2, heads=2, max_len=6, ff=10, loop="scan"
+    )
+    logits, next_token_loss = (
+        quick_jit(f, static_argnums=0) for f in (transformer.logits, transformer.next_token_loss)
+    )
     kernels = jax.tree.map(
         lambda leaf: leaf["kernel"],
         {name: params["blocks"][name] for name in ("attn", "mlp")},
@@ -98,7 +106,7 @@ def test_without_biases_it_is_the_plain_decoder(x64):
     same = {**params, "blocks": {**params["blocks"], **kernels}}
     biased = jax.tree_util.tree_map_with_path(
         lambda path, leaf: (
-            jnp.zeros_like(leaf)
+            np.zeros_like(leaf)
             if path[-1].key == "bias" and path[1].key in ("attn", "mlp")
             else leaf
         ),
@@ -107,11 +115,11 @@ def test_without_biases_it_is_the_plain_decoder(x64):
     tokens = jnp.asarray(BATCH["tokens"])
     close(
         apply(config, biased, {"tokens": tokens}),
-        transformer.logits(plain, same, tokens),
+        logits(plain, same, tokens),
     )
     close(
         loss(config, biased, {"tokens": tokens}),
-        transformer.next_token_loss(plain, same, tokens),
+        next_token_loss(plain, same, tokens),
     )
 
 
@@ -120,7 +128,8 @@ def test_loss_is_the_naive_formula(x64):
     params = draw(config)
     labels = np.array([[1, 2, -100, 4], [1, 2, 3, -100]])
     weights = np.array([[9.0, 1, 9, 2], [9, 0, 4, 9]])
-    scores = jax.nn.log_softmax(apply(config, params, batch()))
+    scores = np.asarray(apply(config, params, batch()))
+    scores = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
     value, aux = loss(config, params, batch(labels=labels, weights=weights))
     picked = -(scores[0, 0, 2] + 2 * scores[0, 2, 4] + 4 * scores[1, 1, 3])
     close(value, picked / 7)
@@ -129,15 +138,16 @@ def test_loss_is_the_naive_formula(x64):
 
 def test_dropout_and_remat(x64):
     """The same masks whatever the loop, and none without a key."""
-    config = CONFIG._replace(head="causal_lm", dropout=0.2, attention_dropout=0.2)
+    config = CONFIG._replace(head="classify", dropout=0.2, attention_dropout=0.2)
     params = draw(config)
+    key = jax.random.key(3, impl="unsafe_rbg")  # its bits take less to compile
 
     @functools.partial(quick_jit, static_argnums=0)
     def run(config, params, key):
         return jax.value_and_grad(lambda p: gpt2.loss(config, p, batch(), key)[0])(params)
 
-    reference = run(config, params, jax.random.key(3))
-    close(reference, run(config._replace(loop="unroll", remat="full"), params, jax.random.key(3)))
+    reference = run(config, params, key)
+    close(reference, run(config._replace(loop="unroll", remat="full"), params, key))
     silent = run(config, params, None)
     close(silent, run(config._replace(dropout=0.0, attention_dropout=0.0), params, None))
     assert abs(silent[0] - reference[0]) > 1e-4

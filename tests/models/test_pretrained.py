@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoint_folder import BERT, GPT2, change, rewrite, same, tensors
+from random_params import random_params
 
 from jmeta.models import bert, gpt2, names, pretrained
 from jmeta.models.pretrained import from_pretrained, to_pretrained
@@ -14,8 +15,7 @@ from jmeta.models.pretrained import from_pretrained, to_pretrained
 
 @pytest.fixture
 def folder(tmp_path):
-    params = bert.init(BERT, jax.random.key(0))
-    return to_pretrained(tmp_path / "bert", BERT, params)
+    return to_pretrained(tmp_path / "bert", BERT, random_params(bert, BERT))
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
@@ -24,7 +24,7 @@ def test_encoders_come_back_as_they_were(tmp_path, kind, head):
     types = {"bert": 2, "roberta": 1, "distilbert": 0}[kind]
     config = BERT._replace(kind=kind, head=head, types=types, pad_id=1, dropout=0.25)
     config = config if head == "classify" else config._replace(labels=2)
-    params = jax.jit(bert.init, static_argnums=0)(config, jax.random.key(0))
+    params = random_params(bert, config)
     model = from_pretrained(to_pretrained(tmp_path, config, params))
     assert model.config == config
     assert model.drawn == model.unused == ()
@@ -34,7 +34,7 @@ def test_encoders_come_back_as_they_were(tmp_path, kind, head):
 @pytest.mark.parametrize("head", [None, "causal_lm", "classify", "spans"])
 def test_decoders_come_back_as_they_were(tmp_path, head):
     config = GPT2._replace(head=head, pad_id=3)
-    params = jax.jit(gpt2.init, static_argnums=0)(config, jax.random.key(0))
+    params = random_params(gpt2, config)
     model = from_pretrained(to_pretrained(tmp_path, config, params))
     assert model.config == config
     same(model.params, params)
@@ -45,7 +45,7 @@ def test_kernels_are_transposed_and_stacked(folder):
     params, stored = from_pretrained(folder).params, tensors(folder)
     for i in range(2):
         np.testing.assert_array_equal(
-            params["blocks"]["mlp"]["up"]["kernel"][i],
+            np.asarray(params["blocks"]["mlp"]["up"]["kernel"])[i],
             stored[f"bert.encoder.layer.{i}.intermediate.dense.weight"].T,
         )
     assert stored["classifier.weight"].shape == (3, 8)
@@ -73,7 +73,7 @@ def test_shards_old_names_and_buffers(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     same(from_pretrained(folder).params, expected)
     # What is written beside the shards is what is read again, as in transformers.
-    other = jax.tree.map(lambda leaf: leaf + 1, expected)
+    other = random_params(bert, BERT, seed=1)
     to_pretrained(folder, BERT, other)
     same(from_pretrained(folder).params, other)
     (folder / "model.safetensors").unlink()
@@ -113,12 +113,13 @@ def test_layers_stored_in_several_dtypes_keep_the_widest(folder):
     rewrite(folder, arrays | low)
     kernel = from_pretrained(folder).params["blocks"]["mlp"]["up"]["kernel"]
     assert kernel.dtype == jnp.float32
-    np.testing.assert_array_equal(kernel[1], expected["blocks"]["mlp"]["up"]["kernel"][1])
+    wide = np.asarray(expected["blocks"]["mlp"]["up"]["kernel"])
+    np.testing.assert_array_equal(np.asarray(kernel)[1], wide[1])
     low[name.format(1)] = arrays[name.format(1)].astype(jnp.bfloat16)
     rewrite(folder, arrays | low)
     kernel = from_pretrained(folder).params["blocks"]["mlp"]["up"]["kernel"]
     assert kernel.dtype == jnp.float32  # neither of the two holds the other
-    np.testing.assert_array_equal(kernel[0], low[name.format(0)].T.astype(np.float32))
+    np.testing.assert_array_equal(np.asarray(kernel)[0], low[name.format(0)].T.astype(np.float32))
 
 
 def test_a_cache_that_holds_the_tokeniser_alone_is_filled(folder, tmp_path, monkeypatch):
@@ -169,7 +170,7 @@ def test_a_body_gets_a_classifier_and_keeps_its_pooler(folder, tmp_path):
 
 def test_roberta_keeps_its_pooler_too(folder, tmp_path):
     config = BERT._replace(kind="roberta", head=None, types=1, pad_id=1)
-    params = bert.init(config, jax.random.key(0))
+    params = random_params(bert, config)
     dense = {"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8)}
     model = from_pretrained(to_pretrained(tmp_path, config, {**params, "pooler": dense}))
     same(model.params["pooler"], dense)
@@ -179,7 +180,7 @@ def test_roberta_keeps_its_pooler_too(folder, tmp_path):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_dtype_at_load_and_back(folder, tmp_path, dtype):
     exact, low = from_pretrained(folder).params, from_pretrained(folder, dtype=dtype)
-    same(low.params, jax.tree.map(lambda leaf: leaf.astype(dtype), exact))
+    same(low.params, jax.tree.map(lambda leaf: np.asarray(leaf).astype(dtype), exact))
     saved = to_pretrained(tmp_path / "low", low.config, low.params, low.settings)
     assert json.loads((saved / "config.json").read_text())["dtype"] == jnp.dtype(dtype).name
     same(from_pretrained(saved).params, low.params)
@@ -268,7 +269,7 @@ def test_segments_are_where_transformers_has_them(tmp_path):
         bert.init(BERT._replace(kind="distilbert"), jax.random.key(0))
     config = BERT._replace(types=0)
     with pytest.raises(ValueError, match="bert has a segment embedding; the config has types=0"):
-        to_pretrained(tmp_path, config, bert.init(config, jax.random.key(0)))
+        to_pretrained(tmp_path, config, random_params(bert, config))
 
 
 def test_pickles_are_refused_with_advice(folder):
@@ -290,7 +291,7 @@ def test_offline_one_sentence_says_what_to_do(tmp_path):
 
 def test_writing_is_atomic_and_checked(folder, monkeypatch):
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    params = bert.init(BERT, jax.random.key(1))
+    params = random_params(bert, BERT, seed=1)
 
     def broken(*args):
         raise OSError("disk full")
@@ -310,7 +311,7 @@ def test_writing_is_atomic_and_checked(folder, monkeypatch):
 
 
 def _narrow(params):
-    return jax.tree.map(lambda leaf: leaf[..., :4], params["embed"])
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[..., :4], params["embed"])
 
 
 def test_settings_survive(folder, tmp_path):
@@ -322,7 +323,7 @@ def test_settings_survive(folder, tmp_path):
     assert written["id2label"] == named
     assert written["extra"] == 7
     other = model.config._replace(labels=2)
-    head = bert.init_head(other, jax.random.key(0))
+    head = random_params(bert, other)["head"]
     saved = to_pretrained(tmp_path / "b", other, {**model.params, "head": head}, model.settings)
     assert from_pretrained(saved).config.labels == 2
 

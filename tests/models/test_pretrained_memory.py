@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from checkpoint_folder import BERT, GPT2, same
 from jax.sharding import NamedSharding, PartitionSpec
+from random_params import random_params
 
 from jmeta.models import bert, gpt2, pretrained, tensorfile
 from jmeta.models.pretrained import from_pretrained, to_pretrained
@@ -17,8 +18,7 @@ from jmeta.models.pretrained import from_pretrained, to_pretrained
 
 @pytest.fixture
 def folder(tmp_path):
-    params = bert.init(BERT, jax.random.key(0))
-    return to_pretrained(tmp_path / "bert", BERT, params)
+    return to_pretrained(tmp_path / "bert", BERT, random_params(bert, BERT))
 
 
 def test_sharded_at_load(folder):

@@ -161,9 +161,13 @@ def _everything(config: Any, second: bool, params: Any, direction: Any, arrays: 
     def loss(params: Any) -> jax.Array:
         return model.loss(config, params, arrays)[0]
 
-    grad = jax.grad(loss)
-    product = jax.jvp(grad, (params,), (direction,))[1] if second else {}
-    return model.apply(config, params, arrays), loss(params), grad(params), product
+    # Traced and differentiated once: the derivative of a gradient brings value and gradient.
+    both, product = jax.value_and_grad(loss), {}
+    if second:
+        (value, grads), (_, product) = jax.jvp(both, (params,), (direction,))
+    else:
+        value, grads = both(params)
+    return model.apply(config, params, arrays), value, grads, product
 
 
 def run(folder: pathlib.Path, case: Case, *, second: bool = True) -> dict[str, np.ndarray]:

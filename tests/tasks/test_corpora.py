@@ -1,3 +1,4 @@
+import functools
 import re
 import time
 
@@ -22,6 +23,8 @@ def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("JMETA_CACHE", str(folder))
+        # The tokeniser and the passages read the same masked texts.
+        patch.setattr(corpora, "masked_text", functools.cache(corpora.masked_text))
         yield folder
 
 
@@ -32,8 +35,9 @@ def passages(cache):
 
 @pytest.fixture
 def small(cache, monkeypatch):
-    """A tenth of the library, with cache files of its own: quick to make again."""
-    few = dict(list(stdlib_modules().items())[::10])
+    """A few short modules, with cache files of their own: quick to make again."""
+    short = [each for each in stdlib_modules().items() if 3_000 < each[1].stat().st_size < 20_000]
+    few = dict(short[::8])
     monkeypatch.setattr(corpora, "stdlib_modules", lambda: few)
     monkeypatch.setattr(corpora, "_VERSION", -1)
     return few

@@ -1,4 +1,5 @@
-import time
+import sys
+import tracemalloc
 
 import jax
 import numpy as np
@@ -212,15 +213,29 @@ def test_splits_by_class_are_disjoint_and_cover(classes, seed):
             assert source.names[source.y[row - 1]] == part.names[y]
 
 
-def test_more_than_a_hundred_batches_a_second():
-    y = np.repeat(np.arange(1000), 20)
-    source = FewShot(np.zeros((20_000, 64), np.int32), y, tuple(map(str, range(1000))))
+def cost_of_a_batch(classes, examples):
+    """Calls of functions and bytes at once, where a source has so many classes of so many."""
+    y = np.repeat(np.arange(classes), examples)
+    source = FewShot(np.zeros((len(y), 64), np.int32), y, tuple(map(str, range(classes))))
     sample = episodes(source, ways=5, shots=1, queries=15, tasks=32)
     sample(0, 0)
-    rates = []
-    for attempt in range(3):
-        start = time.perf_counter()
-        for step in range(50):
-            sample(attempt, step)
-        rates.append(50 / (time.perf_counter() - start))
-    assert max(rates) > 100
+    calls = []
+    sys.setprofile(lambda frame, event, arg: calls.append(event) if "call" in event else None)
+    try:
+        sample(0, 1)
+    finally:
+        sys.setprofile(None)
+    tracemalloc.start()
+    try:
+        batch = sample(0, 2)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    return len(calls), peak, sum(leaf.nbytes for leaf in jax.tree.leaves(batch))
+
+
+def test_a_batch_of_a_large_source_costs_what_one_of_a_small_source_does():
+    calls, peak, size = cost_of_a_batch(20, 20)
+    more, higher, _ = cost_of_a_batch(1000, 400)
+    assert more == calls < 25 * 32  # 32 generators, and nothing for each class, shot or row
+    assert higher < 1.01 * peak < 1.5 * size  # the batch itself, and the numbers it is drawn by

@@ -15,6 +15,18 @@ from jmeta.tasks.tokenizer import token_pieces, vocabulary
 PAD, MASK, CLS, SEP = range(4)
 SIZE = 64
 WORDS = from_ids(PAD, MASK, np.arange(4, SIZE), SIZE)
+CORRUPTIONS = {
+    "mlm": lambda t, k: objectives.mlm(t, k, WORDS),
+    "added": lambda t, k: detection.added_tokens(t, k, WORDS),
+    "deleted": lambda t, k: detection.deleted_tokens(t, k, WORDS),
+    "spans": lambda t, k: spans.span_corruption(t, k, WORDS, [1]),
+}
+# Of one function each, so that tests share the programs.
+JITTED = {name: jax.jit(corrupt) for name, corrupt in CORRUPTIONS.items()}
+choose = jax.jit(lambda ordinary, key: objectives.choose(ordinary, 0.15, key))
+insert = jax.jit(lambda tokens, edits, noise: detection.insert(tokens, edits, noise, PAD))
+delete = jax.jit(lambda tokens, edits: detection.delete(tokens, edits, PAD))
+exchange = jax.jit(lambda tokens, at, whether: sentences.exchange(tokens, at, whether, PAD))
 
 
 def rows_of(rng, count, time, longest=None):
@@ -44,7 +56,7 @@ def full():
 
 
 def test_masking_is_that_of_the_definition(full):
-    batch = jax.jit(lambda t, k: objectives.mlm(t, k, WORDS))(full, jax.random.key(0))
+    batch = JITTED["mlm"](full, jax.random.key(0))
     batch = {name: np.asarray(each) for name, each in batch.items()}
     chosen = batch["weights"] != 0
     np.testing.assert_array_equal(batch["tokens"][~chosen], full[~chosen])
@@ -65,7 +77,7 @@ def test_masking_is_that_of_the_definition(full):
 
 def test_the_share_selected_is_exact_in_the_mean_for_rows_of_any_length(rows):
     ordinary = WORDS.is_ordinary[rows]
-    chosen = np.asarray(objectives.choose(jnp.asarray(ordinary), 0.15, jax.random.key(2)))
+    chosen = np.asarray(choose(ordinary, jax.random.key(2)))
     assert not (chosen & ~ordinary).any()
     wanted = 0.15 * ordinary.sum(1)
     gap = chosen.sum(1) - wanted
@@ -75,7 +87,8 @@ def test_the_share_selected_is_exact_in_the_mean_for_rows_of_any_length(rows):
 
 def test_guided_masking_hides_half_of_what_the_guide_points_at_and_nothing_else(rows):
     guide = np.random.default_rng(3).random(rows.shape) < 0.3  # special tokens and pads too
-    batch = objectives.guided_mlm(rows, jnp.asarray(guide), jax.random.key(3), WORDS)
+    masked = jax.jit(lambda t, g, k: objectives.guided_mlm(t, g, k, WORDS))
+    batch = masked(rows, guide, jax.random.key(3))
     chosen = np.asarray(batch["weights"]) != 0
     eligible = guide & WORDS.is_ordinary[rows]
     assert not (chosen & ~eligible).any()
@@ -109,14 +122,12 @@ def test_insertion_and_deletion_are_those_of_a_loop_over_tokens(seed, share):
     tokens[0] = PAD  # an empty row
     edits, noise = rng.random(tokens.shape) < share, rng.integers(4, SIZE, tokens.shape)
     noise = noise.astype(np.int32)
-    found = detection.insert(jnp.asarray(tokens), jnp.asarray(edits), jnp.asarray(noise), PAD)
+    found = insert(tokens, edits, noise)
     by_hand = [inserted_by_hand(*each) for each in zip(tokens, edits, noise, strict=True)]
     np.testing.assert_array_equal(found[0], [row for row, _ in by_hand])
     np.testing.assert_array_equal(found[1], [labels for _, labels in by_hand])
 
-    closed, missing = map(
-        np.asarray, detection.delete(jnp.asarray(tokens), jnp.asarray(edits), PAD)
-    )
+    closed, missing = map(np.asarray, delete(tokens, edits))
     for before, gone, after, count in zip(tokens, edits, closed, missing, strict=True):
         here = before != PAD
         kept = before[here & ~gone]
@@ -127,7 +138,7 @@ def test_insertion_and_deletion_are_those_of_a_loop_over_tokens(seed, share):
 
 def test_without_what_was_added_a_row_is_the_original(rows):
     key = jax.random.key(4)
-    batch = jax.jit(lambda t, k: detection.added_tokens(t, k, WORDS))(rows, key)
+    batch = JITTED["added"](rows, key)
     batch = {name: np.asarray(each) for name, each in batch.items()}
     added = batch["labels"] == 1
     np.testing.assert_array_equal(batch["mask"], batch["tokens"] != PAD)
@@ -155,7 +166,7 @@ def test_without_what_was_added_a_row_is_the_original(rows):
 
 def test_labels_of_deletion_are_the_places_where_something_is_missing(rows):
     key = jax.random.key(5)
-    batch = jax.jit(lambda t, k: detection.deleted_tokens(t, k, WORDS))(rows, key)
+    batch = JITTED["deleted"](rows, key)
     batch = {name: np.asarray(each) for name, each in batch.items()}
     np.testing.assert_array_equal(batch["mask"], batch["tokens"] != PAD)
     np.testing.assert_array_equal(batch["weights"][:, 0], 0)
@@ -182,12 +193,12 @@ def test_labels_of_deletion_are_the_places_where_something_is_missing(rows):
 
 
 def test_twins_are_each_others_twin_and_have_a_dropout_key_of_their_own():
-    tokens = jnp.arange(4, 11, dtype=jnp.int32)[:, None]
-    batch = sentences.twins(tokens, jax.random.key(7), WORDS)
+    tokens = np.arange(4, 11, dtype=np.int32)[:, None]
+    batch = jax.jit(lambda t, k: sentences.twins(t, k, WORDS))(tokens, jax.random.key(7))
     twin = sentences.twin_of(6)
     np.testing.assert_array_equal(twin[twin], np.arange(6))
     assert (twin != np.arange(6)).all()
-    np.testing.assert_array_equal(batch["tokens"], batch["tokens"][twin])
+    np.testing.assert_array_equal(batch["tokens"], np.asarray(batch["tokens"])[twin])
     assert batch["dropout"] == jax.random.key(7)
     with pytest.raises(ValueError, match="at least four rows"):
         sentences.twins(tokens[:3], jax.random.key(0), WORDS)
@@ -202,7 +213,8 @@ def test_exchanged_sentences_are_those_of_a_loop_and_twice_is_not_at_all():
         texts.append((a, b))
         second[at] = len(a) + 2
         row[: len(a) + len(b) + 3] = [CLS, *a, SEP, *b, SEP]
-    batch = sentences.sentence_order(tokens, jnp.asarray(second), jax.random.key(9), WORDS)
+    order = jax.jit(lambda t, at, k: sentences.sentence_order(t, at, k, WORDS))
+    batch = order(tokens, second, jax.random.key(9))
     batch = {name: np.asarray(each) for name, each in batch.items()}
     for row, segments, y, (a, b) in zip(
         batch["tokens"], batch["segments"], batch["y"], texts, strict=True
@@ -212,9 +224,9 @@ def test_exchanged_sentences_are_those_of_a_loop_and_twice_is_not_at_all():
         assert row.tolist() == [CLS, *a, SEP, *b, SEP, *empty]
         assert segments.tolist() == [0] * (len(a) + 2) + [1] * (len(b) + 1) + [0] * len(empty)
     assert 60 < batch["y"].sum() < 140
-    always = jnp.ones(200, bool)
-    there, start = sentences.exchange(jnp.asarray(tokens), jnp.asarray(second), always, PAD)
-    back, again = sentences.exchange(there, start, always, PAD)
+    always = np.ones(200, bool)
+    there, start = exchange(tokens, second, always)
+    back, again = exchange(there, start, always)
     np.testing.assert_array_equal(back, tokens)
     np.testing.assert_array_equal(again, second)
 
@@ -237,7 +249,11 @@ def test_spans_put_back_in_place_of_their_sentinels_are_the_text():
 
 def test_noise_has_its_exact_number_in_its_exact_number_of_spans():
     count = jnp.arange(60, dtype=jnp.int32)
-    many = jax.jit(jax.vmap(lambda k: spans.noise_spans(count, 0.15, 3.0, 64, k)))
+    # A hundred million comparisons: worth the compiler's optimiser.
+    many = jax.jit(
+        jax.vmap(lambda k: spans.noise_spans(count, 0.15, 3.0, 64, k)),
+        compiler_options={"xla_backend_optimization_level": 2},
+    )
     noise = np.asarray(many(jax.random.split(jax.random.key(12), 200)))
     for n in range(60):
         mine = noise[:, n]
@@ -253,18 +269,13 @@ def test_noise_has_its_exact_number_in_its_exact_number_of_spans():
 
 
 def test_objectives_are_the_same_for_the_same_key_and_have_no_loop(rows):
-    key, few = jax.random.key(13), jnp.asarray(rows[:64])
-    for corrupt in (
-        lambda t, k: objectives.mlm(t, k, WORDS),
-        lambda t, k: detection.added_tokens(t, k, WORDS),
-        lambda t, k: detection.deleted_tokens(t, k, WORDS),
-        lambda t, k: spans.span_corruption(t, k, WORDS, [1]),
-    ):
-        eager, jitted = corrupt(few, key), jax.jit(corrupt)(few, key)
-        for name, leaf in eager.items():
-            np.testing.assert_array_equal(leaf, jitted[name])
+    key, tokens = jax.random.key(13), jnp.asarray(rows)  # of the shape of other tests
+    for name, corrupt in CORRUPTIONS.items():
+        eager, jitted = corrupt(tokens, key), JITTED[name](tokens, key)
+        for field, leaf in eager.items():
+            np.testing.assert_array_equal(leaf, jitted[field])
         # one program for any number of tokens: nothing is unrolled over them
-        size = [str(jax.make_jaxpr(corrupt)(few[:, :n], key)).count(" = ") for n in (8, 40)]
+        size = [str(jax.make_jaxpr(corrupt)(rows[:64, :n], key)).count(" = ") for n in (8, 40)]
         assert size[0] == size[1]
 
 
