@@ -57,9 +57,9 @@ def from_datasets(
         name_or_path: a local file (``.parquet``, ``.json``, ``.jsonl``, ``.csv``, ``.tsv``,
             ``.arrow``; the text formats also with ``.gz``), a local folder (laid out as on the hub
             or written by ``save_to_disk``), a path inside ``$JMETA_DATA``, or a name on the hub.
-        split: ``"train"`` and so on. A local file with a ``split`` column is filtered by it; a file
-            without one is its own ``"train"`` split. None takes all rows of a file, and the
-            only split of anything else.
+        split: ``"train"``, or a slice of it (``"train[:100]"``, ``"train[50%:]"``). A local file
+            with a ``split`` column is filtered by it; a file without one is its own ``"train"``
+            split. None takes all rows of a file, and the only split of anything else.
         config: the configuration on the hub.
         columns: the columns to read; all by default.
 
@@ -194,9 +194,10 @@ def _from_folder(path: Path, split: str | None, config: str | None) -> Columns:
     except (OSError, RuntimeError, DatasetsError) as error:
         raise DataUnavailable(f"the folder {path} cannot be read ({_line(error)})") from error
     if split is not None and isinstance(data, Mapping):
-        if split not in data:
-            raise ValueError(f"{path} has no split {split!r}, only {sorted(map(str, data))}")
-        data = data[split]
+        name = split.partition("[")[0]
+        if name not in data:
+            raise ValueError(f"{path} has no split {name!r}, only {sorted(map(str, data))}")
+        data = data[name].select(_positions(split, len(data[name])))
     return _one_split(data, path)
 
 
@@ -326,17 +327,31 @@ def _column(values: Any) -> Any:
 def _rows_of_split(columns: Columns, split: str | None, path: Path) -> Columns:
     if split is None or ("split" not in columns and split == "train"):
         return columns
-    if "split" not in columns:
+    name = split.partition("[")[0]
+    if "split" not in columns and name != "train":
         raise ValueError(
-            f"{path} has no column 'split', so it is its own 'train' split; there is no {split!r}"
+            f"{path} has no column 'split', so it is its own 'train' split; there is no {name!r}"
         )
-    rows = [i for i, value in enumerate(columns["split"]) if value == split]
-    if not rows:
-        raise ValueError(f"{path} has no split {split!r}, only {sorted(set(columns['split']))}")
+    each = columns.get("split", [name] * len(next(iter(columns.values()), [])))
+    rows = [i for i, value in enumerate(each) if value == name]
+    if not rows and "split" in columns:
+        raise ValueError(f"{path} has no split {name!r}, only {sorted(set(each))}")
+    rows = [rows[i] for i in _positions(split, len(rows))]
     return {
         key: column[rows] if isinstance(column, np.ndarray) else [column[i] for i in rows]
         for key, column in columns.items()
     }
+
+
+def _positions(split: str, rows: int) -> range:
+    """Which of a split's rows an expression asks for: all, or those of a slice."""
+    name, bracket, _ = split.partition("[")
+    if not bracket:
+        return range(rows)
+    import datasets
+
+    (part,) = datasets.ReadInstruction.from_spec(split).to_absolute({name: rows})
+    return range(part.from_, part.to)
 
 
 def _select(columns: Columns, wanted: Iterable[str] | None, name: Any) -> Columns:

@@ -159,8 +159,44 @@ def test_a_file_of_an_unknown_kind(tmp_path):
 def test_a_file_without_split_column_is_its_own_train_split(tmp_path):
     write(tmp_path / "a.jsonl", [{"text": "a"}], ".jsonl")
     assert from_datasets(tmp_path / "a.jsonl", split="train") == {"text": ["a"]}
-    with pytest.raises(ValueError, match="its own 'train' split"):
-        from_datasets(tmp_path / "a.jsonl", split="test")
+    for split in ("test", "test[:1]"):
+        with pytest.raises(ValueError, match="its own 'train' split; there is no 'test'"):
+            from_datasets(tmp_path / "a.jsonl", split=split)
+
+
+@pytest.mark.parametrize(
+    ("part", "rows"),
+    [
+        ("[:2]", [0, 1]),
+        ("[2:]", [2, 3]),
+        ("[-1:]", [3]),
+        ("[25%:50%]", [1]),
+        ("[:9]", [0, 1, 2, 3]),
+    ],
+)
+def test_a_slice_of_a_split_is_the_same_wherever_it_comes_from(tmp_path, part, rows):
+    import datasets
+
+    texts = ["a", "b", "c", "d"]
+    plain = [{"text": text} for text in texts]
+    named = [{**row, "split": "train"} for row in plain]
+    write(tmp_path / "plain.jsonl", plain, ".jsonl")
+    other = {"text": "x", "split": "test"}
+    write(tmp_path / "mixed.parquet", [named[0], other, *named[1:]], ".parquet")
+    datasets.DatasetDict(train=datasets.Dataset.from_list(plain)).save_to_disk(tmp_path / "saved")
+    (tmp_path / "hub").mkdir()
+    write(tmp_path / "hub" / "train.parquet", plain, ".parquet")
+    for name in ("plain.jsonl", "mixed.parquet", "saved", "hub"):
+        found = from_datasets(tmp_path / name, split=f"train{part}", columns=["text"])
+        assert found == {"text": [texts[i] for i in rows]}, name
+
+
+def test_what_is_no_slice_and_an_empty_one_are_refused(tmp_path):
+    write(tmp_path / "a.jsonl", [{"text": "a"}], ".jsonl")
+    with pytest.raises(ValueError, match=r"Unrecognized instruction format: train\[:2"):
+        from_datasets(tmp_path / "a.jsonl", split="train[:2")
+    with pytest.raises(ValueError, match="holds no example"):
+        from_datasets(tmp_path / "a.jsonl", split="train[1:]")
 
 
 @pytest.mark.parametrize("kind", [".json", ".jsonl"])

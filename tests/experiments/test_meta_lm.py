@@ -183,6 +183,26 @@ def test_corpora(config, monkeypatch):
         data_of.texts(wiki)
 
 
+def test_a_corpus_of_ones_own_lies_as_on_the_hub_or_in_a_file(config, tmp_path):
+    import datasets
+
+    articles = datasets.Dataset.from_dict(
+        {"id": list(range(9)), "text": [f"Article {i}." for i in range(9)]}
+    )
+    file, hub = tmp_path / "articles.parquet", tmp_path / "hub"
+    hub.mkdir()
+    for path in (file, hub / "train-00000-of-00001.parquet"):
+        articles.to_parquet(path)
+    for corpus in (file, hub):
+        own = dataclasses.replace(config, corpus=str(corpus), corpus_texts=0, held_out_texts=2)
+        assert data_of.texts(own) == (articles["text"][:7], articles["text"][7:])
+        part = dataclasses.replace(own, corpus_texts=5)
+        assert data_of.texts(part) == (articles["text"][:3], articles["text"][3:5])
+        with pytest.raises(ValueError, match="has 2 texts, and 2 are held out: lower held_out"):
+            data_of.texts(dataclasses.replace(own, corpus_texts=2))
+    assert data_of.load(dataclasses.replace(part, held_out_texts=1)).corpus
+
+
 def test_embedded_tasks_need_no_data(config, monkeypatch):
     monkeypatch.delenv("JMETA_DATA")
     for name in data_of.EMBEDDED:
