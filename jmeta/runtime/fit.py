@@ -108,8 +108,9 @@ def fit(
         resume: go on from the newest whole checkpoint in ``out``; without one, begin.
         log_every: outer steps between rows of metrics.
         progress: a bar in a terminal, a line at each logged step elsewhere; False: silence.
-        on_step: ``(step, state, info) -> None`` after each step (counted from 1). The next step
-            donates the state's buffers: copy what is to be kept.
+        on_step: ``(step, state, info) -> None`` after each step (counted from 1), and before the
+            step's checkpoint: what it writes, a resumed run has not lost. The next step donates
+            the state's buffers: copy what is to be kept.
         mesh: from ``parallel.make_mesh``: the tasks of each batch are split over it. ``batches``
             gives numpy arrays or arrays of one device, in each process its own part of the tasks,
             as ``episode_loader`` and ``from_function`` do. None: of several processes, all devices,
@@ -225,13 +226,13 @@ def fit(
                 history.append(row)
                 log.write(row)
                 bar.report(done, row)
+            if on_step is not None:
+                on_step(done, now.state, info)
             if saved:
                 log.settle()  # no checkpoint is later than the rows that lead to it
                 position = {"position": batches.state()}
                 checkpoint.save(manager, done, now.state, extra=position, metrics=scores)
             bar.advance(done)
-            if on_step is not None:
-                on_step(done, now.state, info)
             stop = bool(caught) or distributed.told_to_stop(done)
         if manager is not None:
             if stop and done < steps:

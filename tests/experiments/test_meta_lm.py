@@ -513,6 +513,37 @@ def test_methods_join_a_run_and_an_interrupted_one_goes_on(smoke, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["mlm", "mask-only"])
+def test_pre_training_that_is_killed_goes_on_bit_for_bit(config, data, tmp_path, name):
+    """Killed in the second of four evaluations, which a resumed run must make."""
+    config = dataclasses.replace(config, steps=8, evaluations=4)
+    shape = methods_of.network(config, data.words.size)
+    method, score = methods_of.build(config, data, name), methods_of.make_held_out(shape)
+    counted = []
+
+    def pretrain(folder, judge=score, **fields):
+        there = dataclasses.replace(config, out=tmp_path / folder, **fields)
+        return training.pretrain(there, data, name, method, 0, judge)
+
+    whole = pretrain("whole")
+
+    def killed(student, held_out):
+        counted.append(student)
+        if len(counted) == 2:
+            raise KeyboardInterrupt
+        return score(student, held_out)
+
+    with pytest.raises(KeyboardInterrupt):
+        pretrain("cut", killed)
+    resumed = pretrain("cut", resume=True)
+    for one, other in zip(*map(jax.tree.leaves, (whole.student, resumed.student)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert [row["step"] for row in whole.looks] == [2, 4, 6, 8]
+    assert whole.looks == resumed.looks
+    assert whole.panel == resumed.panel
+
+
+@pytest.mark.slow
 def test_soft_and_hard_teachers_with_the_savings_of_the_paper(tmp_path):
     asked = [*ARGUMENTS, "--methods", "soft,hard", "--out", str(tmp_path / "run")]
     savings = ["--vocab-chunk", "100", "--remat", "--micro-batches", "2"]

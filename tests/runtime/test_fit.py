@@ -75,8 +75,9 @@ def test_rows_are_on_disk_before_the_checkpoint_that_follows_them(tmp_path, monk
     monkeypatch.setattr("os.fsync", synced)
     monkeypatch.setattr(checkpoint, "save", saved)
     options = {"checkpoint_every": 2, "log_every": 1, "out": tmp_path, "progress": False}
-    fit(MG, OUTER, START, batches(), steps=4, **options)
-    assert seen == ["rows", (2, 2), "rows", (4, 4)]
+    tell = lambda step, state, info: seen.append(f"told {step}")  # noqa: E731
+    fit(MG, OUTER, START, batches(), steps=4, on_step=tell, **options)
+    assert seen == ["told 1", "told 2", "rows", (2, 2), "told 3", "told 4", "rows", (4, 4)]
     assert [row["step"] for row in metrics.read_log(tmp_path / metrics.FILE)] == [1, 2, 3, 4]
 
 
