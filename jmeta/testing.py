@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jmeta.core.types import Array, Episode, Key, Problem, PyTree
@@ -163,7 +164,7 @@ def relative_error(got: PyTree, expected: PyTree) -> float:
         expected: a pytree of the same structure.
 
     Returns:
-        A float; 0 for equal trees.
+        A float; 0 for equal trees, NaN where an entry is.
 
     Example:
         >>> relative_error({"a": jnp.asarray([1.0, 2.5])}, {"a": jnp.asarray([1.0, 2.0])})
@@ -171,4 +172,5 @@ def relative_error(got: PyTree, expected: PyTree) -> float:
     """
     gaps = jax.tree.leaves(jax.tree.map(lambda g, e: jnp.max(jnp.abs(g - e)), got, expected))
     sizes = [jnp.max(jnp.abs(e)) for e in jax.tree.leaves(expected)]
-    return float(max(gaps)) / max(float(max(sizes)), 1e-300)
+    # numpy's maximum, since Python's passes over a NaN.
+    return float(np.max(list(map(float, gaps)))) / max(max(map(float, sizes)), 1e-300)

@@ -20,6 +20,12 @@ def parameters(model, config, spread=0.3, seed=0):
     return drawn(jax.eval_shape(lambda: model.init(config, jax.random.key(0))), spread, seed)
 
 
+def log_softmax(scores, axis=-1):
+    """Logarithms of shares."""
+    scores = np.asarray(scores) - np.max(scores, axis, keepdims=True)
+    return scores - np.log(np.exp(scores).sum(axis, keepdims=True))
+
+
 def softmax(scores):
     """Over the last axis."""
     shares = np.exp(scores - np.max(scores, -1, keepdims=True))
@@ -33,14 +39,21 @@ def flat(tree):
 
 def relative_error(got, expected):
     """The largest difference of two trees over the largest entry of the second."""
-    gaps = jax.tree.map(lambda g, e: np.abs(np.asarray(g) - np.asarray(e)).max(), got, expected)
+
+    def gap(g, e):
+        assert np.shape(g) == np.shape(e), (np.shape(g), np.shape(e))
+        return np.abs(np.asarray(g) - np.asarray(e)).max()
+
+    gaps = jax.tree.map(gap, got, expected)
     sizes = [np.abs(np.asarray(e)).max() for e in jax.tree.leaves(expected)]
     return float(np.max(jax.tree.leaves(gaps))) / max(float(np.max(sizes)), 1e-300)
 
 
 def differences(function, at, step=1e-5):
-    """Central differences of a scalar function that is compiled already, entry by entry."""
+    """Central differences in float64 of a function that is compiled already, entry by entry."""
     leaves, structure = jax.tree.flatten(jax.tree.map(np.asarray, at))
+    assert jax.config.jax_enable_x64
+    assert all(leaf.dtype == np.float64 for leaf in leaves)
 
     def moved(which, index, by):
         changed = [np.copy(leaf) for leaf in leaves]

@@ -19,8 +19,8 @@ def reports(monkeypatch):
     found = []
 
     def recorded(*args, **options):
-        found.append(optim.probe(*args, **options))
-        return found[-1]
+        found.append((options, optim.probe(*args, **options)))
+        return found[-1][1]
 
     monkeypatch.setattr(optim_probe, "probe", recorded)
     return found
@@ -55,7 +55,7 @@ def reports(monkeypatch):
 def test_the_poisoned_leaves_are_named(optimizer, entries, whole, advice, reports):
     with pytest.raises(ValueError, match=advice) as error:
         optim.check(optimizer, PARAMS)
-    (report,) = reports
+    ((_, report),) = reports
     assert {leaf.path for leaf in report.bad if leaf.case == "entries"} == entries
     assert {leaf.path for leaf in report.bad if leaf.case == "whole leaf"} == whole
     assert all(name in str(error.value) for name in entries | whole)
@@ -70,7 +70,9 @@ def test_the_poisoned_leaves_are_named(optimizer, entries, whole, advice, report
 )  # fmt: skip
 def test_the_safe_ones_pass(make, reports):
     assert optim.check(make(0.1), PARAMS, steps=3) is None
-    assert [report.ok for report in reports] == [True]
+    ((options, report),) = reports
+    assert options["steps"] == 3
+    assert report.ok
 
 
 def test_the_size_is_the_derivative_at_zero():

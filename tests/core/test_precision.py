@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from quick_numbers import parameters
 
 import jmeta
 from jmeta import Episode, Problem, Steps
@@ -49,14 +50,8 @@ def test_bfloat16_compute_gives_float32_meta_gradients_of_both_modes():
     config, half = language_model(BF16)
     _, full = language_model(None)
 
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):  # larger than the initial weights, so that curvature matters
-        centre = float(path[-1].key == "scale")
-        return (centre + 0.15 * rng.normal(size=leaf.shape)).astype(leaf.dtype)
-
-    shapes = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
-    meta = jax.tree_util.tree_map_with_path(draw, shapes)
+    # Larger than the initial weights, so that curvature matters.
+    meta = parameters(transformer, config, spread=0.15)
     episode = Episode(tokens(1, 2, 4), tokens(2, 2, 4))
     wrap = lambda mg: jmeta.over_tasks(mg, microbatch=1)
     exact = run(wrap(jmeta.unrolled(full, 3)), meta, episode)[0]

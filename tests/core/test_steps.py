@@ -22,7 +22,7 @@ def logistic(carry, x):
 WAYS = [{"remat": "step"}, {"remat": "nested"}, {"remat": "offload"}, {"loop": "unroll"}]
 
 
-# At module level, so that every way is compared with one and the same plain scan.
+# At module level, so that the plain scan of a length is compiled once for all ways.
 @functools.partial(jax.jit, static_argnums=2)
 def run(a, u, way):
     length = u.size

@@ -79,16 +79,17 @@ def test_a_choice_is_made_inside_jit_vmap_and_grad(q, tmp_path):
 
 
 def test_tasks_and_a_persistent_state(q, tmp_path):
-    tasks = many(q, (1, 2, 1))
-    mg = jmeta.auto(q.problem, 1, tasks=3, persistent=True, folder=tmp_path)
-    plain = jmeta.over_tasks(jmeta.unrolled(q.problem, 1, persistent=True), 3)
+    # Two steps, which are tried written out too, and four tasks, which are tried two at a time.
+    tasks = many(q, (1, 1, 2, 1))
+    mg = jmeta.auto(q.problem, 2, tasks=4, persistent=True, folder=tmp_path)
+    plain = jmeta.over_tasks(jmeta.unrolled(q.problem, 2, persistent=True), 4)
     chosen, reverse = (jax.jit(each.estimate) for each in (mg, plain))
     state, expected_state = mg.init(q.meta, None), plain.init(q.meta, None)
     for _ in range(2):
         grads, state, _ = chosen(q.meta, state, tasks, None)
         expected, expected_state, _ = reverse(q.meta, expected_state, tasks, None)
         np.testing.assert_allclose(grads, expected, atol=1e-5)
-    assert state.step.tolist() == [2] * 3
+    assert state.step.tolist() == [4] * 4
 
 
 def test_it_trains_in_a_compiled_outer_step(q, tmp_path):

@@ -51,7 +51,7 @@ def test_a_problem_goes_to_another_process_and_back(kind, tmp_path):
     ],
 )
 def test_the_rows_in_jax_agree_in_float64(x64, kind):
-    made = peers_problems.given(kind, "smoke")._replace(steps=2)  # some rows write each out
+    made = peers_problems.given(kind, "smoke")._replace(steps=3)  # some rows write each out
     found = {row: peers_jax.flat(peers_jax.build(made, row, "float64")()) for row in peers_jax.ROWS}
     reference = found.pop(peers.REFERENCE)
     first = found.pop(peers_jax.FIRST_ORDER)

@@ -87,8 +87,10 @@ def test_without_a_rate_all_that_adapts_is_the_base_and_attention_reads_what_it_
     assert (np.abs(np.asarray(moved) - found[methods_of.TUNED]) > 1e-4).all()
 
 
-def test_no_file_is_in_two_splits_and_rarity_is_of_training(cache, monkeypatch):
-    # Short modules, empty ones too: quick to read and to learn a vocabulary from.
+def test_no_file_is_in_two_splits_and_rarity_is_of_training(tmp_path, monkeypatch):
+    # Short modules, empty ones too: quick to read and to learn a vocabulary from. What is made of
+    # them is kept apart from what the other tests make of the whole library.
+    monkeypatch.setenv("JMETA_CACHE", str(tmp_path))
     short = [each for each in stdlib_modules().items() if each[1].stat().st_size < 20_000]
     monkeypatch.setattr(corpora, "stdlib_modules", lambda: dict(short[::4]))
     sources = experiment.load(CONFIG)

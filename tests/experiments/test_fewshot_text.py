@@ -28,9 +28,11 @@ def smoke(cache, tmp_path_factory):
     # Short modules are classes enough for a few episodes, and their passages quick to cut.
     short = [each for each in stdlib_modules().items() if 3_000 < each[1].stat().st_size < 20_000]
     with pytest.MonkeyPatch.context() as patch:
+        # Until the file's last test: a resumed run must read the same library.
         patch.setattr(corpora, "stdlib_modules", lambda: dict(short[::6]))
-        patch.setattr(scoring, "CHUNK", 6)  # there are no more episodes
-        fewshot_text.main(["--preset", "smoke", "--out", str(out)])
+        with pytest.MonkeyPatch.context() as here:
+            here.setattr(scoring, "CHUNK", 6)  # there are no more episodes
+            fewshot_text.main(["--preset", "smoke", "--out", str(out)])
         yield out
 
 

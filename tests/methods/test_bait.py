@@ -66,7 +66,7 @@ def test_every_step_is_the_best_of_all_and_the_traces_are_dense_ones(x64, known)
     # and it is near the best of all subsets
     best = min(score(s) for s in itertools.combinations(range(9), budget))
     ours = score(sorted(chosen))  # in their order, which decides how sums are rounded
-    assert best <= ours <= 1.02 * best
+    assert ours <= 1.02 * best
 
 
 def test_the_span_of_the_rows_is_enough(x64):

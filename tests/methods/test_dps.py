@@ -29,7 +29,7 @@ def gradients(step):
 
 @functools.cache
 def compiled(rule):
-    """Its start, and a step of it; once for every rule."""
+    """Its start, and a step of it; shared by the tests of the plain optimizer."""
 
     def step(slopes, state, params):
         updates, state = rule.update(slopes, state, params)

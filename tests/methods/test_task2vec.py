@@ -48,6 +48,7 @@ def test_the_head_is_scikit_learns_and_stationary(x64):
 
 def test_classes_and_rows_that_are_not_there_change_nothing(x64):
     x, y = blobs()
+    # The penalty's default is weak: 500 steps, the default too, do not reach so low a tolerance.
     head, loss = fit_head(x, y, classes=3, tolerance=1e-12, steps=2000)
     more, same = fit_head(x, y, classes=5, tolerance=1e-12, steps=2000)
     more = jax.tree.map(np.asarray, more)

@@ -104,8 +104,9 @@ def test_soft_gradient_is_that_of_the_loop_and_of_central_differences(kind, step
     )
     assert relative_error(mixed[0], exact[0]) < 1e-10
     value = jax.jit(lambda m: by_hand(m, data, kind, optimizer, steps))
-    # A slope of 1e-5 of a value near one: a wider step than usual, for what rounding leaves.
-    assert relative_error(exact[0], differences(value, meta, step=3e-5)) < 1e-6
+    # A slope of 1e-5 of a value near one: a wider step than usual, for what rounding leaves; at
+    # 1e-4 the third derivative shows.
+    assert relative_error(exact[0], differences(value, meta, step=5e-5)) < 1e-6
     assert abs(float(exact[2].loss - value(meta))) < 1e-12
     if kind == "inputs":  # the labels are the text itself: that head learns nothing
         assert (np.asarray(exact[0]["labels"]) == 0).all()

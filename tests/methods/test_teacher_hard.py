@@ -128,7 +128,6 @@ def enumerated(exact):
         ("negative_loss", "moving average"),
         ("loss_difference", "leave one out"),
         ("exact", "leave one out"),  # of Two Moons
-        # One program each: the rest where time does not count.
         ("negative_loss", "none"),
         ("negative_loss", "leave one out"),
     ],

@@ -40,8 +40,8 @@ def first_meta(new=False):
         head = jax.jit(lambda key: camels.init_weight_head(8, key, 6))(jax.random.key(5))
     else:
         head = {
-            "up": {"kernel": rng.normal(size=(8, 6)) / 8**0.5, "bias": np.zeros(6)},
-            "down": {"kernel": rng.normal(size=(6, 1)), "bias": np.zeros(1)},
+            "up": {"kernel": rng.normal(size=(8, 6)) / 8**0.5, "bias": rng.normal(size=6)},
+            "down": {"kernel": rng.normal(size=(6, 1)), "bias": rng.normal(size=1)},
         }
     return {"body": parameters(transformer, LM, spread=0.2, seed=4), "head": head}
 
@@ -82,9 +82,9 @@ def test_new_weights_are_a_third_of_log_two_and_pads_have_none():
 def test_head_is_its_formula_and_reads_no_later_token():
     meta, batch = first_meta(), text(2, 6, pads=0)
     head, states = meta["head"], np.asarray(hidden(LM, meta["body"], batch["tokens"]))
-    z = states @ head["up"]["kernel"]
+    z = states @ head["up"]["kernel"] + head["up"]["bias"]
     z = 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))
-    z = (z @ head["down"]["kernel"])[..., 0]
+    z = (z @ head["down"]["kernel"] + head["down"]["bias"])[..., 0]
     before = np.asarray(weigh(meta, batch, None))
     np.testing.assert_allclose(before, np.log1p(np.exp(3 * z)) / 3, rtol=1e-10)
     tokens = np.copy(batch["tokens"])

@@ -47,10 +47,14 @@ class EquinoxNet(equinox.Module):
         return self.second(self.dropout(jnp.tanh(self.first(x)), key=key))
 
 
-@functools.lru_cache
 def build(kind):
     """``(params, apply, plain)``, where plain(params) are the weights of the plain network."""
-    x = jnp.ones((1, 3))
+    return _built(kind, jax.config.jax_enable_x64)
+
+
+@functools.cache
+def _built(kind, x64):
+    x = jnp.ones((1, 3), jnp.float64 if x64 else jnp.float32)
     # Each drawn by one program: operation by operation the libraries' initial values take longer.
     if kind == "linen":
         variables = jax.jit(LinenNet().init)(jax.random.key(0), x)
@@ -89,9 +93,9 @@ def plain_apply(pairs, x, key):
 @functools.lru_cache
 def after_two_steps(apply):
     """The meta-gradient of a loss after two SGD steps in a scan, one key per step; compiled."""
-    x, y = data()
 
     def loss(params, key):
+        x, y = data()
         return ((apply(params, x, key) - y) ** 2).mean()
 
     def outer(params, key):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick_numbers import log_softmax
 from random_params import quick_jit, random_params
 
 from jmeta.models import attention, bert, heads, primitives
@@ -71,7 +72,8 @@ def close(a, b, tolerance=1e-10):
 def test_padding_changes_neither_loss_nor_gradient(x64, kind, head, left):
     types = 0 if kind == "distilbert" else 2
     config = CONFIG._replace(kind=kind, head=head, types=types)
-    if (kind, head) != ("bert", "masked_lm"):  # one case: a block above another's padding
+    # Two blocks, where a second one reads states above padding, once on each side; else one.
+    if (kind, head, left) not in {("bert", "masked_lm", False), ("roberta", "spans", True)}:
         config = config._replace(layers=1, loop="unroll")
     params = draw(config)
     run = quick_jit(jax.value_and_grad(lambda p, b: bert.loss(config, p, b)[0]))
@@ -79,7 +81,7 @@ def test_padding_changes_neither_loss_nor_gradient(x64, kind, head, left):
 
 
 def test_a_row_of_padding_alone_counts_nothing(x64):
-    config = CONFIG._replace(head="classify", layers=1, loop="unroll")
+    config = CONFIG._replace(head="classify")
     params = draw(config)
     run = quick_jit(jax.value_and_grad(lambda p, b: bert.loss(config, p, b)[0]))
     more = {
@@ -113,7 +115,7 @@ def test_loops_remats_and_attention_agree(x64):
 
     @functools.partial(quick_jit, static_argnums=0)
     def run(config, params):
-        key = jax.random.key(5, impl="unsafe_rbg")  # its bits take less to compile
+        key = jax.random.key(5)
         cubes = lambda p: (bert.hidden(config, p, batch(), key) ** 3).sum()  # noqa: E731
         return jax.value_and_grad(cubes)(params)
 
@@ -148,14 +150,9 @@ def test_leading_axes_are_batches(x64):
     close(loss(CONFIG, params, folded), loss(CONFIG, params, batch()))
 
 
-def log_softmax(scores, axis):
-    scores = np.asarray(scores)
-    return scores - np.log(np.exp(scores).sum(axis, keepdims=True))
-
-
 def test_losses_are_the_naive_formulas(x64):
     params = draw(CONFIG)
-    scores = log_softmax(apply(CONFIG, params, batch()), -1)
+    scores = log_softmax(apply(CONFIG, params, batch()))
     labels = BATCH["labels"]
     picked = [-scores[i, t, labels[i, t]] for i, t in zip(*np.nonzero(labels >= 0), strict=True)]
     value, aux = loss(CONFIG, params, batch())
@@ -164,7 +161,7 @@ def test_losses_are_the_naive_formulas(x64):
     weights = np.array([[2.0, 9, 0, 0], [1, 9, 9, 0]])
     value, _ = loss(CONFIG, params, batch(weights=weights))
     close(value, (2 * picked[0] + picked[2]) / 3)
-    short = np.array([[1, 1, 1, 1], [1, 1, 1, 0]], np.float32)
+    short = np.array([[1, 1, 1, 1], [1, 1, 1, 0]])  # of integers, as tokenizers give it
     last = batch(mask=short, weights=np.full((2, 4), 5.0))
     assert (
         loss(CONFIG, params, last)[1]["tokens"] == 15
@@ -264,7 +261,7 @@ def test_wrong_arguments_are_refused():
 
 def test_fused_attention_is_the_same_function():
     params = draw(CONFIG)
-    for mask in (np.ones((2, 4)), np.array([[1.0, 1, 0, 0], [1, 1, 1, 1]])):
+    for mask in (np.ones((2, 4)), np.array([[1, 1, 0, 0], [1, 1, 1, 1]])):
         plain, fused = (
             embed(CONFIG._replace(attention=a), params, batch(mask=mask)) for a in ("xla", "fused")
         )

@@ -118,9 +118,10 @@ def test_transformer_n_is_its_definition():
 @pytest.mark.parametrize("loop", ["unroll", "scan"])
 def test_nplm_is_its_definition_and_sees_no_further_than_its_context(loop):
     config = CONFIG._replace(layers=3, loop=loop)
-    plain, tokens = nplm.without_attention(params_of(config)), tokens_of(2, 12)
+    params, tokens = params_of(config), tokens_of(2, 12)
+    plain = nplm.without_attention(params)
     # The first layer is Transformer-N's; above it, each position by itself.
-    arrays = jax.tree.map(np.asarray, plain)
+    arrays = jax.tree.map(np.asarray, params)  # not of plain, which only leaves things out
     first, embed = arrays["first"], arrays["embed"]
     x = embed["tokens"][tokens] + embed["positions"][None, :12]
     joined = by_loops(CONTEXT, first["concat"], layer_norm(x, first["ln1"]))
@@ -178,6 +179,13 @@ def test_no_position_sees_the_future_and_padding_on_the_right_is_nothing():
 def test_a_context_without_a_meaning_is_refused(context, words):
     with pytest.raises(ValueError, match=words):
         nplm.init(CONFIG, context, jax.random.key(0))
+
+
+def test_a_new_model_knows_nothing():
+    new = jax.jit(nplm.init, static_argnums=(0, 1))(CONFIG, CONTEXT, jax.random.key(0))
+    loss, _ = next_token_loss(CONFIG, CONTEXT, new, tokens_of(2, 9))
+    np.testing.assert_allclose(loss, np.log(11), atol=0.05)
+    assert all(np.ptp(leaf) > 0 for leaf in jax.tree.leaves(new["first"]["mlp"]))
 
 
 def test_an_encoder_is_refused():

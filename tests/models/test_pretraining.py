@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick_numbers import log_softmax
 from random_params import random_like
 
 from jmeta.models import bert, pretraining
@@ -29,10 +30,6 @@ def batch(x64):
         "tokens": np.where(mask > 0, tokens, 0), "mask": mask, "labels": tokens,
         "weights": weights,
     }  # fmt: skip
-
-
-def log_softmax(scores):
-    return scores - np.log(np.exp(scores).sum(-1, keepdims=True))
 
 
 def test_masked_lm_is_berts_and_scoring_only_what_is_asked_for_changes_nothing(params, batch):

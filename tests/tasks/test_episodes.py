@@ -1,3 +1,4 @@
+import gc
 import sys
 import tracemalloc
 
@@ -220,17 +221,19 @@ def cost_of_a_batch(classes, examples):
     sample = episodes(source, ways=5, shots=1, queries=15, tasks=32)
     sample(0, 0)
     calls = []
-    sys.setprofile(lambda frame, event, arg: calls.append(event) if "call" in event else None)
+    gc.collect()
+    gc.disable()  # whose callbacks are calls too
     try:
+        sys.setprofile(lambda frame, event, arg: calls.append(event) if "call" in event else None)
         sample(0, 1)
-    finally:
         sys.setprofile(None)
-    tracemalloc.start()
-    try:
+        tracemalloc.start()
         batch = sample(0, 2)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
+        sys.setprofile(None)
         tracemalloc.stop()
+        gc.enable()
     return len(calls), peak, sum(leaf.nbytes for leaf in jax.tree.leaves(batch))
 
 

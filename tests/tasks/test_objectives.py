@@ -269,8 +269,10 @@ def test_noise_has_its_exact_number_in_its_exact_number_of_spans():
 
 
 def test_objectives_are_the_same_for_the_same_key_and_have_no_loop(rows):
-    key, tokens = jax.random.key(13), jnp.asarray(rows)  # of the shape of other tests
+    key = jax.random.key(13)
     for name, corrupt in CORRUPTIONS.items():
+        # All rows where other tests have compiled them.
+        tokens = jnp.asarray(rows if name in ("added", "deleted") else rows[:64])
         eager, jitted = corrupt(tokens, key), JITTED[name](tokens, key)
         for field, leaf in eager.items():
             np.testing.assert_array_equal(leaf, jitted[field])
