@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from quick_numbers import drawn
 
 from experiments import _adaptive_lm_data as data_of
 from experiments import _adaptive_lm_methods as methods_of
@@ -42,21 +43,15 @@ def run(tmp_path_factory):
     return out
 
 
-def random_params(init, spread=0.3):
-    """In the shapes that ``init`` gives: scales around one, all else around zero."""
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        centre = float(path[-1].key == "scale")
-        return (centre + spread * rng.normal(size=leaf.shape)).astype(leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(init, jax.random.key(0)))
+def params_of(init):
+    """Of the shapes that ``init`` gives."""
+    return drawn(jax.eval_shape(init, jax.random.key(0)))
 
 
 @pytest.fixture(scope="module")
 def body():
     made = methods_of.make_body(SMOKE, VOCAB)
-    return made, random_params(made.init)
+    return made, params_of(made.init)
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +285,7 @@ def test_a_checkpoint_is_read_in_place_of_the_decoder(tmp_path):
     from jmeta.models.pretrained import to_pretrained
 
     shape = gpt2.GPT2Config(vocab=VOCAB, width=8, layers=2, heads=2, max_len=40, head="causal_lm")
-    params = random_params(lambda key: gpt2.init(shape, key))
+    params = params_of(lambda key: gpt2.init(shape, key))
     to_pretrained(tmp_path / "tiny", shape, params)
     config = adaptive_lm.Config(
         model=str(tmp_path / "tiny"), length=32, segment=8, methods=(STATIC, EXACT)

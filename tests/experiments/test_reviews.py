@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick_numbers import drawn, parameters
 
 import jmeta
 from experiments import _reviews_model as model
@@ -104,18 +105,12 @@ def test_settings_without_a_meaning_are_refused(change, words):
 def test_the_block_read_at_the_first_position_is_the_block_with_its_derivatives(x64):
     config = bert.BertConfig(vocab=11, width=12, layers=1, heads=3, max_len=7)
     rng = np.random.default_rng(0)
-
-    def drawn(path, leaf):
-        return (path[-1].key == "scale") + 0.3 * rng.normal(size=leaf.shape)
-
-    shapes = jax.eval_shape(lambda key: bert.init(config, key), jax.random.key(0))["blocks"]
-    layer = jax.tree_util.tree_map_with_path(drawn, shapes)
-    layer = jax.tree.map(lambda leaf: leaf[0], layer)
+    layer = jax.tree.map(lambda leaf: leaf[0], parameters(bert, config)["blocks"])
     shapes = jax.eval_shape(
         lambda key: lora.init({"block": layer}, key, rank=2, targets=model.LAYERS),
         jax.random.key(0),
     )
-    factors = jax.tree_util.tree_map_with_path(drawn, shapes)
+    factors = drawn(shapes)
     states = rng.normal(size=(4, 7, 12))
     mask = (np.arange(7) < np.array([7, 1, 3, 5])[:, None]).astype(states.dtype)
 

@@ -5,6 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from quick_numbers import drawn
 
 from experiments import _teacher_shared, two_moons, two_moons_judge
 from experiments import _two_moons_data as data_of
@@ -25,16 +26,12 @@ def data():
 
 @pytest.fixture(scope="module")
 def student(data):
-    """Random weights of a student: scales around one, all else around zero."""
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        drawn = (path[-1].key == "scale") + 0.1 * rng.normal(size=leaf.shape[1:])
-        return drawn.astype(leaf.dtype)
-
+    """Random weights of one student."""
     given = two_moons.PRESETS["smoke"]
-    shapes = jax.eval_shape(lambda: two_moons.fresh_students(given, data))
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+    shapes = jax.eval_shape(
+        lambda: jax.tree.map(lambda leaf: leaf[0], two_moons.fresh_students(given, data))
+    )
+    return drawn(shapes, spread=0.1)
 
 
 @pytest.fixture(scope="module")
