@@ -348,6 +348,8 @@ def _positions(split: str, rows: int) -> range:
     name, bracket, _ = split.partition("[")
     if not bracket:
         return range(rows)
+    if "+" in split:
+        raise ValueError(f"the split {split!r} is a sum: read one slice at a time")
     import datasets
 
     (part,) = datasets.ReadInstruction.from_spec(split).to_absolute({name: rows})

@@ -124,6 +124,25 @@ def test_a_worker_that_fails_is_named_with_its_reason(monkeypatch, tmp_path):
     assert (tmp_path / "peers.md").read_text().count("out of memory") == 1
 
 
+def test_a_worker_that_fails_after_some_turns_keeps_their_median_and_says_so(monkeypatch, tmp_path):
+    asked = []
+
+    class Fake:
+        def ask(self, *, do, row):
+            asked.append(row)
+            lost = row == "higher" and asked.count(row) == 3  # the first turn warms up
+            return {"error": "out of memory"} if lost else {"seconds": 1.0}
+
+    monkeypatch.setattr(peers, "workers", lambda p, *f: contextlib.nullcontext([Fake() for _ in f]))
+    monkeypatch.setattr(peers, "missing", lambda row: None)
+    monkeypatch.setattr(peers, "PAUSE", 0.0)
+    rows = [r for r in peers.timing(tmp_path, "sinusoid", 4, 1.0) if r["method"] == "higher"]
+    assert {row["metric"] for row in rows} == {
+        "ended after 1 turns: out of memory", "seconds", "median seconds"
+    }  # fmt: skip
+    assert asked.count("higher") == 3  # and is not asked again
+
+
 def test_what_would_have_no_effect_is_refused():
     for changes, message in (
         ({"seeds": 3}, "does not depend on a seed"),

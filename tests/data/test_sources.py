@@ -195,6 +195,8 @@ def test_what_is_no_slice_and_an_empty_one_are_refused(tmp_path):
     write(tmp_path / "a.jsonl", [{"text": "a"}], ".jsonl")
     with pytest.raises(ValueError, match=r"Unrecognized instruction format: train\[:2"):
         from_datasets(tmp_path / "a.jsonl", split="train[:2")
+    with pytest.raises(ValueError, match="is a sum: read one slice at a time"):
+        from_datasets(tmp_path / "a.jsonl", split="train[:1]+train[1:]")
     with pytest.raises(ValueError, match="holds no example"):
         from_datasets(tmp_path / "a.jsonl", split="train[1:]")
 
