@@ -8,6 +8,7 @@ fastest is taken.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -20,8 +21,8 @@ import optax
 
 import jmeta
 from benchmarks import peers_jax, peers_problems
-from benchmarks.pieces import CostConfig, Rows, piece, show
-from benchmarks.second_order_bars import verdict
+from benchmarks.pieces import CostConfig, Rows, at_rounded, piece, show
+from benchmarks.second_order_bars import AT_ROUNDED, ERROR, verdict
 from experiments._shared import record
 from jmeta import cost
 from jmeta.core.types import Array, Episode, MetaGradient, Problem, PyTree
@@ -188,7 +189,7 @@ def measure(name: str, case: Case, repeats: int) -> Rows:
         "seconds to choose": spent,
         "variants compiled to choose": len(choice.trials),
         "variants by hand that fit": len(by_hand),
-        "error": error_of(case, got),
+        "error": cost.gradient_error(got, exact(case, case.meta, case.episode)),
     }
     row = shared | {"method": AUTO, "chosen": describe(choice.variant), "best by hand": best}
     return rows + [row | {"metric": metric, "value": value} for metric, value in found.items()]
@@ -202,15 +203,20 @@ def as_program(run: Any, trial: cost.Trial) -> cost.Program:
     )  # fmt: skip
 
 
-def error_of(case: Case, got: PyTree) -> float:
-    """The gradient's difference to the float64 reference over its largest entry."""
-    episodes = [case.episode]
-    if case.tasks is not None:  # the mean over tasks, each exact by itself
-        episodes = [jax.tree.map(lambda x, i=i: x[i], case.episode) for i in range(case.tasks)]
-    every = [
-        cost.exact_reference(case.problem, case.steps, case.meta, episode) for episode in episodes
-    ]
-    return cost.gradient_error(got, jax.tree.map(lambda *g: sum(g) / len(g), *every))
+def exact(case: Case, meta: PyTree, episode: Episode) -> PyTree:
+    """The gradient in float64: with tasks the mean over them, each exact by itself."""
+    episodes = [episode]
+    if case.tasks is not None:
+        episodes = [jax.tree.map(lambda x, i=i: x[i], episode) for i in range(case.tasks)]
+    every = [cost.exact_reference(case.problem, case.steps, meta, each) for each in episodes]
+    return jax.tree.map(lambda *g: sum(g) / len(g), *every)
+
+
+def rounding(name: str, case: Case) -> Rows:
+    """How far rounding the meta-parameters and the data to float32 moves the exact gradient."""
+    moved = at_rounded(functools.partial(exact, case), case.meta, case.episode)
+    row = {"method": AT_ROUNDED, "seed": 0, "problem": name, "metric": "error"}
+    return [row | {"value": moved}]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -224,9 +230,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """
     lines = [
         "| problem | memory asked | chosen | its memory | best by hand | time / best | to choose "
-        "| error |",
-        "| --- | --: | --- | --: | --- | --: | --: | --: |",
+        "| error | by rounding |",
+        "| --- | --: | --- | --: | --- | --: | --: | --: | --: |",
     ]
+    moved = moved_by_rounding(rows)
     found: dict[str, dict[str, Any]] = {}
     for row in rows:
         if row["method"] == AUTO and "chosen" in row:
@@ -237,23 +244,31 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             f"| {name} | {cost.in_words(asked)} | {one['chosen']} "
             f"| {cost.in_words(one['bytes / asked'] * asked)} | {one['best by hand']} "
             f"| {one['time / best by hand']:.2f} | {one['seconds to choose']:.0f} s "
-            f"| {one['error']:.0e} |"
+            f"| {one['error']:.0e} | {f'{moved[name]:.0e}' if name in moved else ''} |"
         )
     return "\n".join(lines)
+
+
+def moved_by_rounding(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """What ``rounding`` found, by problem."""
+    return {row["problem"]: row["value"] for row in rows if row["method"] == AT_ROUNDED}
 
 
 def bars(rows: Sequence[dict[str, Any]]) -> list[str]:
     """What is held to, a sentence for each problem."""
     value = {(row["problem"], row["metric"]): row["value"] for row in rows
              if row["method"] == AUTO and "chosen" in row}  # fmt: skip
-    lines = []
+    lines, moved = [], moved_by_rounding(rows)
     for name in dict.fromkeys(problem for problem, _ in value):
         ratio, used = value[name, "time / best by hand"], value[name, "bytes / asked"]
         gap = value[name, "error"]
-        held = ratio <= WITHIN and used <= 1 and gap <= 1e-5
+        beside = f", rounding its inputs alone {moved[name]:.0e}" if name in moved else ""
         lines.append(
-            f"{name}: {ratio:.2f} x the best by hand, {used:.2f} of the memory asked, error "
-            f"{gap:.0e} ({verdict(held)})"
+            f"{name}: {ratio:.2f} x the best by hand, {used:.2f} of the memory asked "
+            f"({verdict(ratio <= WITHIN and used <= 1)})"
+        )
+        lines.append(
+            f"{name}: float32 error {gap:.0e}{beside} (bar {ERROR:.0e}: {verdict(gap <= ERROR)})"
         )
     return lines
 
@@ -293,9 +308,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows: Rows = []
     for name, make in known.items():
         wanted = not config.problems or name in config.problems
+        file, out = name.replace(" ", "-"), Path(config.out)
         rows += piece(
-            Path(config.out), name.replace(" ", "-"),
-            lambda name=name, make=make: measure(name, make(), config.repeats),
+            out, file, lambda name=name, make=make: measure(name, make(), config.repeats),
+            wanted=wanted, resume=config.resume,
+        )  # fmt: skip
+        rows += piece(
+            out, f"{file}-rounding", lambda name=name, make=make: rounding(name, make()),
             wanted=wanted, resume=config.resume,
         )  # fmt: skip
     summary = statistics.summarise(rows)

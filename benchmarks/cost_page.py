@@ -35,10 +35,10 @@ TABLES: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
 NETWORKS = "networks"  # a place of two results
 BARS = "bars"  # a place of all results that are held to bars
 JUDGED: dict[str, Callable[[Sequence[dict[str, Any]]], list[str]]] = {
-    **dict.fromkeys(
-        ("second_order_cost-lm", "second_order_cost-lm-rows"),
-        lambda rows: [*second_order_bars.bars(rows), *second_order_bars.errors(rows)],
-    ),
+    "second_order_cost-lm": lambda rows: [
+        *second_order_bars.bars(rows),
+        *second_order_bars.errors(rows),
+    ],
     "second_order_cost-mlp": second_order_bars.errors,
     "second_order_cost-conv": second_order_bars.errors,
     "peers": peers.bars,

@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
+from jmeta import cost
+from jmeta.core.types import Episode, PyTree
 from jmeta.files import write_atomically
 from jmeta.runtime import report
 from jmeta.runtime.config import RunConfig
@@ -73,6 +76,38 @@ def keep_float32(dtype: str) -> None:
         dtype: what the benchmark computes in; others are left as they are.
     """
     jax.config.update("jax_default_matmul_precision", "highest" if dtype == "float32" else None)
+
+
+def at_rounded(
+    gradient: Callable[[PyTree, Episode], PyTree],
+    meta: PyTree,
+    episode: Episode,
+    seed: int = 0,
+    trials: int = 3,
+) -> float:
+    """How much a float64 gradient changes where what it is of differs by float32's rounding.
+
+    Args:
+        gradient: ``(meta, episode) -> gradient``, in float64.
+        meta: the meta-parameters, in float32.
+        episode: likewise.
+        seed: of the roundings.
+        trials: random roundings, each entry by up to half of its last binary digit.
+
+    Returns:
+        The largest difference of the median trial, over the largest entry of the gradient: what a
+        computation in float32, which rounds more than once, may be expected to lose.
+    """
+    rng, reference = np.random.default_rng(seed), gradient(meta, episode)
+
+    def rounded(leaf: Any) -> np.ndarray:
+        exact = np.asarray(leaf)
+        if exact.dtype.kind != "f":
+            return exact
+        return exact.astype(float) * (1 + rng.uniform(-(2.0**-24), 2.0**-24, exact.shape))
+
+    moved = [gradient(*jax.tree.map(rounded, (meta, episode))) for _ in range(trials)]
+    return cost.median([cost.gradient_error(each, reference) for each in moved])
 
 
 def show(out: Path, name: str, text: str, *notes: str) -> None:

@@ -20,7 +20,7 @@ from benchmarks.pieces import WholeConfig, leave
 from experiments import _continual_model as model
 from experiments import _continual_training as training
 from experiments._continual_samplers import Entry
-from jmeta import methods, optim
+from jmeta import cost, methods, optim
 from jmeta.core.types import PyTree
 from jmeta.models import pretraining
 from jmeta.models.bert import BertConfig
@@ -101,11 +101,12 @@ def measure(config: Config) -> list[dict[str, Any]]:
         jax.block_until_ready(loop.window(carry, batches, drawn, keys))
 
     results: list[dict[str, Any]] = []
-    seconds: dict[str, list[float]] = {name: [] for name in ("training", *parts)}
-    for _ in range(config.repeats + 1):
-        for name, run in {"training": train, **parts}.items():
+    runs = {"training": train, **parts}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(config.repeats + 1):
+        for name in cost.turn(list(runs), repeat):
             begin = time.perf_counter()
-            run()
+            runs[name]()
             seconds[name].append(time.perf_counter() - begin)
     for name, found in seconds.items():
         row = {"method": name, "seed": 0}

@@ -7,38 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from benchmarks import readme
-from benchmarks.tpu_plans import METHODS, STEPS, cells, key_of, read
-from jmeta.cost.rows import Row, mesh_name, row_from, sent
+from benchmarks.tpu_plans import METHODS, STEPS, Plan, cells, key_of, read
+from jmeta.cost.rows import Row, mesh_name, sent
 from jmeta.cost.shapes import MODELS, Shape
 from jmeta.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "scaling.md"
-PLANS = ROOT / "benchmarks" / "results" / "tpu_plans.json"
+RESULTS = ROOT / "benchmarks" / "results"
+PLANS = RESULTS / "tpu_plans" / "plans.json"
 GIB = 2**30
 TOKENS = 8 * 512  # of one task's batch
 
 
-class Found(NamedTuple):
-    """A compiled plan under the words of its cell."""
-
-    part: str
-    method: str
-    row: Row
-
-
-def found(path: Path = PLANS) -> list[Found]:
+def found(path: Path = PLANS) -> list[Plan]:
     """The committed plans, in the order of the benchmark."""
     order = {(one.part, key_of(one)): place for place, one in enumerate(cells())}
-    rows = [each for each in read(path) if (each["part"], each["key"]) in order]
-    rows.sort(key=lambda each: order[each["part"], each["key"]])
-    return [Found(each["part"], each["method"], row_from(each["row"])) for each in rows]
+    known = [plan for plan in read(path) if (plan.part, plan.key) in order]
+    return sorted(known, key=lambda plan: order[plan.part, plan.key])
 
 
-def topology_table(topology: str, rows: Sequence[Found]) -> str:
+def topology_table(topology: str, rows: Sequence[Plan]) -> str:
     """Memory per chip of every model under every method; bold where it fits.
 
     Args:
@@ -87,7 +78,7 @@ def memory_words(row: Row | None) -> str:
     return ("" if row.temp_bytes else "≥ ") + f"{row.bytes / GIB:.1f}"
 
 
-def traffic_table(rows: Sequence[Found]) -> str:
+def traffic_table(rows: Sequence[Plan]) -> str:
     """What the gradient costs in communication on a data-parallel mesh, read from the HLO.
 
     Args:
@@ -114,7 +105,7 @@ def traffic_table(rows: Sequence[Found]) -> str:
     return "\n".join(lines)
 
 
-def fits_table(rows: Sequence[Found]) -> str:
+def fits_table(rows: Sequence[Plan]) -> str:
     """The plans that the bounds ask for."""
     lines = [
         "| model | topology | mesh | method | GiB | of | state | TFLOP | sent | fits |",
@@ -175,7 +166,7 @@ PAPER = (
 )
 
 
-def paper_table(rows: Sequence[Found]) -> str:
+def paper_table(rows: Sequence[Plan]) -> str:
     """The arithmetic beside what was compiled of it."""
     compiled = {
         (f.row.candidate.options["model"], f.row.topology): f.row
@@ -198,7 +189,7 @@ def paper_table(rows: Sequence[Found]) -> str:
     return "\n".join(lines)
 
 
-def places(rows: Sequence[Found]) -> Mapping[str, str]:
+def places(rows: Sequence[Plan]) -> Mapping[str, str]:
     """What each marked place of the page holds."""
     made = {"fits": fits_table(rows), "traffic": traffic_table(rows), "paper": paper_table(rows)}
     for topology in ("v5e:2x4", "v5e:16x16", "v5p:4x4x4"):
@@ -206,7 +197,7 @@ def places(rows: Sequence[Found]) -> Mapping[str, str]:
     return made
 
 
-def figure(rows: Sequence[Found], path: Path) -> None:
+def figure(rows: Sequence[Plan], path: Path) -> None:
     """Memory per chip by method, one panel for each topology of the table; filled where it fits."""
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
@@ -243,7 +234,7 @@ def main() -> None:
     rows = found()
     text = readme.fill(PAGE.read_text(encoding="utf-8"), dict(places(rows)))
     write_atomically(PAGE, text)
-    figure(rows, PLANS.with_suffix(".png"))
+    figure(rows, RESULTS / "tpu_plans.png")
 
 
 if __name__ == "__main__":

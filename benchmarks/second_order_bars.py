@@ -16,7 +16,7 @@ WRITTEN_OUT = "unrolled, written out"  # all kept, and nothing stacked: the leas
 LORA_FIRST = "LoRA, first order"
 LORA = ("LoRA, mixed_mode", "LoRA, mixed_mode, products kept")
 # The float64 gradient where the weights differ by float32's rounding.
-AT_ROUNDED = "float64 at rounded weights"
+AT_ROUNDED = "float64 at rounded inputs"
 # Not the exact gradient, and said to be none.
 INEXACT = ("first_order", "reptile", "mixed_mode, rounded", "evolution", LORA_FIRST, AT_ROUNDED)
 ERROR = 1e-5  # of the largest entry, in float32
@@ -139,7 +139,11 @@ def errors(rows: Sequence[dict[str, Any]]) -> list[str]:
         shown = worse or dict([max(exact.items(), key=lambda pair: pair[1])])
         named = "; ".join(f"{method} {value:.1e}" for method, value in shown.items())
         least = found.get((AT_ROUNDED, "error", model, steps))
-        beside = "" if least is None else f"; rounding the weights alone changes it by {least:.1e}"
+        beside = (
+            ""
+            if least is None
+            else f"; rounding weights and data alone moves the gradient by {least:.1e}"
+        )
         lines.append(
             f"{model}, {steps} inner steps: float32 error against float64 of {len(exact)} exact "
             f"rows, {'over the bar' if worse else 'the largest'}: {named}{beside} "

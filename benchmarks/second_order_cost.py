@@ -17,12 +17,11 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import jmeta
 from benchmarks import peers_jax
 from benchmarks import second_order_bars as judged
-from benchmarks.pieces import keep_float32, leave, show
+from benchmarks.pieces import at_rounded, keep_float32, leave, show
 from benchmarks.second_order_problems import (
     DecoderConfig,
     Setting,
@@ -287,38 +286,12 @@ def errors_of(
         grads = programs[cell.name].run(cell.setting.meta, cell.setting.episode)
         errors[cell.name] = cost.gradient_error(grads, references[kind])
     if config.model != "lm":  # whose float64 takes minutes, and whose gradient has no kinks
-        [reference] = references.values()
-        errors[judged.AT_ROUNDED] = at_rounded(exact[0].setting, steps, reference, process)
+        one = exact[0].setting
+        errors[judged.AT_ROUNDED] = at_rounded(
+            lambda meta, episode: cost.exact_reference(one.problem, steps, meta, episode),
+            one.meta, one.episode, process,
+        )  # fmt: skip
     return errors
-
-
-def at_rounded(
-    setting: Setting, steps: int, reference: PyTree, seed: int = 0, trials: int = 3
-) -> float:
-    """How much the float64 gradient changes where the weights differ by float32's rounding.
-
-    Args:
-        setting: the problem, in float32.
-        steps: inner steps.
-        reference: its float64 gradient.
-        seed: of the roundings.
-        trials: random roundings, each entry by up to half of its last binary digit.
-
-    Returns:
-        The largest difference of the median trial, over the largest entry of the reference: what a
-        computation in float32, which rounds more than once, may be expected to lose.
-    """
-    rng, found = np.random.default_rng(seed), []
-
-    def rounded(leaf: Any) -> np.ndarray:
-        exact = np.asarray(leaf, np.float64)
-        return exact * (1 + rng.uniform(-(2.0**-24), 2.0**-24, exact.shape))
-
-    for _ in range(trials):
-        meta = jax.tree.map(rounded, setting.meta)
-        moved = cost.exact_reference(setting.problem, steps, meta, setting.episode)
-        found.append(cost.gradient_error(moved, reference))
-    return cost.median(found)
 
 
 def growth(config: Config) -> list[dict[str, Any]]:

@@ -1,25 +1,26 @@
 """What the real TPU compiler says of meta-training GPT-2 and BERT shapes, without a TPU.
 
-Compiles one program after the other, minutes each, and keeps every row as soon as it is there, so
-that a run goes on where the last one ended: `python -m benchmarks.tpu_plans --out runs/tpu_plans`.
+Compiles one program after the other, minutes each, and keeps every plan in plans.json as soon as it
+is there; ``--resume`` goes on where the last run ended.
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib.metadata
+import dataclasses
 import json
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.pieces import CostConfig, Rows, leave
+from experiments._shared import record
 from jmeta.cost.planner import in_a_child
-from jmeta.cost.rows import Candidate, Row, as_json, mesh_name, row_from
+from jmeta.cost.rows import Candidate, Row, as_json, mesh_name, row_from, sent
 from jmeta.cost.topology import require_libtpu
 from jmeta.files import write_atomically
-from jmeta.runtime.provenance import command_of, versions
+from jmeta.runtime import config as configuration
+from jmeta.runtime import statistics
 
 SETTING = "jmeta.cost.shapes:setting"
 STEPS = 5
@@ -57,7 +58,7 @@ class Cell(NamedTuple):
     """One program of the benchmark.
 
     Attributes:
-        part: ``traffic``, ``fits`` or ``table``.
+        part: of ``PARTS``.
         method: what the tables call it.
         topology: that it is compiled for.
         candidate: how it runs.
@@ -113,52 +114,106 @@ def title_of(one: Cell) -> str:
     return f"{one.topology} {c.options['model']} {one.method}, {mesh_name(c.mesh)}"
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The rows that are there: each a cell's words and the planner's row."""
-    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+PARTS = ("fits", "traffic", "table")
 
 
-def write(path: Path, rows: Sequence[dict[str, Any]], command: str) -> None:
-    """The rows, one on each line, and beside them the command and what compiled them."""
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    write_atomically(path, f'{{"rows": [\n{lines}\n]}}\n')
-    run = {
-        "command": command,
-        "devices": "none: compiled ahead of time",
-        "versions": versions() | {"libtpu": importlib.metadata.version("libtpu")},
-    }
-    write_atomically(path.with_suffix(".run.json"), json.dumps(run, indent=2) + "\n")
+@dataclasses.dataclass(frozen=True)
+class Config(CostConfig):
+    """Plans of the TPU compiler."""
+
+    parts: tuple[str, ...] = PARTS
+    """What is compiled now; other plans that the run directory holds stay."""
+    match: str = ""
+    """Only cells whose title holds this."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if unknown := sorted({*self.parts} - {*PARTS}):
+            raise ValueError(f"parts {', '.join(unknown)}: known are {', '.join(PARTS)}")
+
+
+PRESETS = {
+    "paper": Config(),
+    "smoke": Config(parts=("traffic",), match="first_order"),
+}
+
+
+class Plan(NamedTuple):
+    """A cell that was compiled.
+
+    Attributes:
+        part: of the benchmark.
+        method: what the tables call it.
+        key: as of ``key_of``.
+        row: what the compiler said.
+    """
+
+    part: str
+    method: str
+    key: str
+    row: Row
+
+
+def read(path: Path) -> list[Plan]:
+    """The plans that a file holds; none where there is no file."""
+    if not path.exists():
+        return []
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return [Plan(**{**each, "row": row_from(each["row"])}) for each in content]
+
+
+def write(path: Path, plans: Sequence[Plan]) -> None:
+    """The plans, one on each line."""
+    lines = [json.dumps(plan._asdict() | {"row": as_json(plan.row)}) for plan in plans]
+    write_atomically(path, "[\n" + ",\n".join(lines) + "\n]\n")
+
+
+def rows_of(plan: Plan) -> Rows:
+    """A plan as numbers: GiB a chip, and where there is a program, TFLOP and GiB sent by a chip."""
+    row, c = plan.row, plan.row.candidate
+    shared = {
+        "method": plan.method, "seed": 0, "part": plan.part, "topology": row.topology,
+        "model": c.options["model"], "mesh": mesh_name(c.mesh), "tasks": c.tasks,
+        "microbatch": c.microbatch, "fits": row.fits,
+    }  # fmt: skip
+    values = {"GiB, at the least" if not row.temp_bytes else "GiB": row.bytes / 2**30}
+    if row.temp_bytes:
+        values |= {"TFLOP": row.flops / 1e12, "GiB sent": sent(row) / 2**30}
+    return [shared | {"metric": metric, "value": value} for metric, value in values.items()]
+
+
+def compile_cell(one: Cell, known: Sequence[Plan]) -> Row:
+    """What the compiler says of a cell, or has said of the same program in another part."""
+    same = next((plan.row for plan in known if plan.key == key_of(one)), None)
+    return same or in_a_child(SETTING, one.candidate, steps=STEPS, topology=one.topology)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Compile what is not there yet."""
-    asked = argparse.ArgumentParser(prog="python -m benchmarks.tpu_plans", description=__doc__)
-    asked.add_argument("--out", default="runs/tpu_plans", help="folder of results.json")
-    asked.add_argument("--part", action="append", help="traffic, fits, table; default: all")
-    asked.add_argument("--match", default="", help="only cells whose title holds this")
-    given = asked.parse_args(argv)
+    """Compile what is wanted, and report all that is kept."""
+    config = configuration.parse(PRESETS, argv, description=__doc__)
     require_libtpu()
-    path = Path(given.out) / "results.json"
-    rows = read(path)
-    done = {row["key"]: row for row in rows}
+    record(config, "parts", "match")
+    file = Path(config.out) / "plans.json"
+    plans = read(file)
     for one in cells():
-        chosen = one.part in (given.part or (one.part,)) and given.match in title_of(one)
-        if not chosen or any(row["key"] == key_of(one) and row["part"] == one.part for row in rows):
+        chosen = one.part in config.parts and config.match in title_of(one)
+        old = [plan for plan in plans if (plan.part, plan.key) == (one.part, key_of(one))]
+        if not chosen or (old and config.resume):
             continue
-        known = done.get(key_of(one))  # of another part: the same program
-        row: Row = (
-            row_from(known["row"])
-            if known
-            else in_a_child(SETTING, one.candidate, steps=STEPS, topology=one.topology)
-        )
+        others = [plan for plan in plans if plan not in old]
+        row = compile_cell(one, others)
         what = row.note or f"{row.bytes / 2**30:.2f} of {row.usable_bytes / 2**30:.2f} GiB"
         print(f"{title_of(one)}: {what} ({row.seconds:.0f} s)", flush=True)
         if math.isnan(row.flops):  # no answer of the compiler's
             continue
-        entry = {"part": one.part, "method": one.method, "key": key_of(one), "row": as_json(row)}
-        rows.append(entry)
-        done[entry["key"]] = entry
-        write(path, rows, command_of("benchmarks.tpu_plans", sys.argv[1:]))
+        plans = [*others, Plan(one.part, one.method, key_of(one), row)]
+        write(file, plans)
+    rows = [row for plan in plans for row in rows_of(plan)]
+    leave(
+        config, "Meta-training under the TPU compiler",
+        "What it plans on every chip, compiled ahead of time without one.",
+        rows, statistics.summarise(rows),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

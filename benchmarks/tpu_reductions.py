@@ -1,17 +1,16 @@
 """What the real TPU compiler makes of every estimator's reduction over tasks, without a TPU.
 
 Tasks of a small regression over the 256 chips of v5e:16x16, with and without microbatches: what is
-reduced once for an outer step, and what inside a loop: `python -m benchmarks.tpu_reductions`.
+reduced once for an outer step, and what inside a loop.
 """
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,11 +18,11 @@ import jax.numpy as jnp
 import optax
 
 import jmeta
-from benchmarks import tpu_plans
+from benchmarks.pieces import Rows, WholeConfig, leave
 from jmeta.core.types import Episode, MetaGradient, Problem, PyTree
 from jmeta.cost import collectives, topology
-from jmeta.runtime import parallel
-from jmeta.runtime.provenance import command_of
+from jmeta.runtime import config as configuration
+from jmeta.runtime import parallel, statistics
 
 TOPOLOGY, STEPS, EXAMPLES, WIDTH = "v5e:16x16", 5, 8, 6
 SHAPES = {"up": (WIDTH, 7), "down": (7,)}
@@ -74,40 +73,58 @@ def compiled(name: str, tasks: int, microbatch: int | None, devices: list[Any]) 
         return str(program.lower(*arguments).compile().as_text())
 
 
-def measure() -> list[dict[str, Any]]:
-    """A row for each estimator, with one task a chip and with two that are accumulated."""
+@dataclasses.dataclass(frozen=True)
+class Config(WholeConfig):
+    """Collectives of every estimator under the TPU compiler."""
+
+    estimators: tuple[str, ...] = tuple(ESTIMATORS)
+    """Which are compiled."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if unknown := [name for name in self.estimators if name not in ESTIMATORS]:
+            raise ValueError(
+                f"no estimator {', '.join(unknown)}; known are {', '.join(ESTIMATORS)}"
+            )
+
+
+PRESETS = {"paper": Config(), "smoke": Config(estimators=("mixed_mode",))}
+
+
+def measure(estimators: Sequence[str]) -> Rows:
+    """What each estimator reduces, with one task a chip and with two that are accumulated."""
     devices = topology.devices(TOPOLOGY)
-    rows = []
-    for name in ESTIMATORS:
+    rows: Rows = []
+    for name in estimators:
         for each, microbatch in ((1, None), (2, 1)):
             found = collectives(compiled(name, each * len(devices), microbatch, devices))
-            rows.append(
-                {
-                    "estimator": name,
-                    "tasks a chip": each,
-                    "microbatch": microbatch,
-                    "kinds": sorted({one.kind for one in found}),
-                    "collectives": len(found),
-                    "shapes": sorted(shape for one in found for shape in one.shapes),
-                    "inside loops": sum(one.looped for one in found),
-                }
-            )
-            print(rows[-1], flush=True)
+            shared = {
+                "method": name, "seed": 0, "tasks a chip": each, "microbatch": microbatch,
+                "kinds": sorted({one.kind for one in found}),
+                "shapes": sorted(shape for one in found for shape in one.shapes),
+            }  # fmt: skip
+            values = {"collectives": len(found), "inside loops": sum(c.looped for c in found)}
+            rows += [shared | {"metric": m, "value": value} for m, value in values.items()]
+            print(f"{name}, {each} a chip: {values}", flush=True)
     return rows
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Compile in a process of its own: jax there believes that it is on a TPU VM."""
-    asked = argparse.ArgumentParser(prog="python -m benchmarks.tpu_reductions", description=__doc__)
-    asked.add_argument("--out", default="runs/tpu_reductions", help="folder of results.json")
-    asked.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
-    given = asked.parse_args(argv)
+    config = configuration.parse(PRESETS, argv, description=__doc__)
     topology.require_libtpu()
-    if not given.here:
-        command = [sys.executable, "-m", "benchmarks.tpu_reductions", "--out", given.out, "--here"]
-        sys.exit(subprocess.run(command, env=os.environ | topology.environment()).returncode)
-    command = command_of("benchmarks.tpu_reductions", ["--out", given.out])
-    tpu_plans.write(Path(given.out) / "results.json", measure(), command)
+    needed = topology.environment()
+    if any(os.environ.get(name) != value for name, value in needed.items()):
+        arguments = sys.argv[1:] if argv is None else argv
+        command = [sys.executable, "-m", "benchmarks.tpu_reductions", *arguments]
+        sys.exit(subprocess.run(command, env=os.environ | needed, check=False).returncode)
+    configuration.dump(config, config.out)
+    rows = measure(config.estimators)
+    leave(
+        config, "Reductions over tasks under the TPU compiler",
+        f"What {TOPOLOGY} reduces for an outer step, and where.",
+        rows, statistics.summarise(rows),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What a run was: its command without anyone's folders, versions, devices, git commit."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -18,6 +19,8 @@ def versions() -> dict[str, Any]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found["libtpu"] = importlib.metadata.version("libtpu")  # the compiler, where there is one
     commit = _git("rev-parse", "HEAD")
     found["git_commit"] = commit or None
     if commit:

@@ -5,7 +5,9 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from benchmarks import (
@@ -19,8 +21,11 @@ from benchmarks import (
     second_order_cost,
     what_it_buys,
 )
+from benchmarks import second_order_bars as judged
 from benchmarks.pieces import piece
 from experiments._shared import record
+from jmeta.core.types import Episode
+from jmeta.methods import learned_start
 from jmeta.runtime import config as configuration
 
 
@@ -283,10 +288,40 @@ def test_a_planner_that_misses_is_said_to():
     values = {"time / best by hand": 1.02, "bytes / asked": 0.5, "asked bytes": 2**30,
               "seconds to choose": 3.0, "error": 1e-7}  # fmt: skip
     good = [row | {"metric": metric, "value": value} for metric, value in values.items()]
-    assert auto.bars(good)[0].endswith("(holds)")
+    cost, error = auto.bars(good)
+    assert cost.endswith("(holds)")
+    assert error == "decoder: float32 error 1e-07 (bar 1e-05: holds)"
     slow = [r | {"value": 1.2} if "best" in r["metric"] else r for r in good]
     assert auto.bars(slow)[0].endswith("(MISSED)")
-    assert "| decoder | 1.0 GiB | a | 512.0 MiB | b | 1.02 | 3 s | 1e-07 |" in auto.table(good)
+    assert "| decoder | 1.0 GiB | a | 512.0 MiB | b | 1.02 | 3 s | 1e-07 |  |" in auto.table(good)
+
+
+def test_an_inexact_choice_is_said_to_be_beside_what_rounding_does():
+    row = {"method": auto.AUTO, "seed": 0, "problem": "decoder", "chosen": "a", "best by hand": "b"}
+    values = {"time / best by hand": 1.02, "bytes / asked": 0.5, "asked bytes": 2**30,
+              "seconds to choose": 3.0, "error": 2e-5}  # fmt: skip
+    rows = [row | {"metric": metric, "value": value} for metric, value in values.items()]
+    moved = {"method": judged.AT_ROUNDED, "seed": 0, "problem": "decoder", "metric": "error"}
+    rows.append(moved | {"value": 3e-5})
+    assert auto.bars(rows)[1] == (
+        "decoder: float32 error 2e-05, rounding its inputs alone 3e-05 (bar 1e-05: MISSED)"
+    )
+    assert auto.table(rows).endswith("| 2e-05 | 3e-05 |")
+
+
+def test_rounding_moves_the_gradient_of_a_stiff_problem_alone():
+    def moved(rate):  # ten steps on the quadratic x**2 / 2: x (1 - rate)**10 of a rounded start
+        def loss(params, batch, key):
+            return 0.5 * jnp.sum(params**2) + 0.1 * jnp.sum(jnp.cos(3 * params)), {}
+
+        problem = learned_start(loss, optax.sgd(rate))
+        case = auto.Case(problem, 10, jnp.linspace(0.5, 1, 8), Episode(jnp.zeros(1), jnp.zeros(1)),
+                         None, "1GiB")  # fmt: skip
+        [row] = auto.rounding("x", case)
+        return row["value"]
+
+    assert moved(0.01) < 1e-6
+    assert moved(3.0) > 1e-5
 
 
 def test_the_planner_has_a_figure_of_what_it_chose(tmp_path):

@@ -1,12 +1,14 @@
 """docs/scaling.md says what the committed plans say, and its arithmetic counts real weights."""
 
-import json
+import math
 
 import jax
 import pytest
 
 from benchmarks import readme, scaling, tpu_plans, tpu_reductions
+from jmeta.cost.rows import Row
 from jmeta.cost.shapes import MODELS, setting
+from jmeta.runtime import report
 
 
 def test_the_page_holds_the_committed_plans():
@@ -32,16 +34,53 @@ def test_the_bounds_hold_in_the_committed_plans():
 
 
 def test_every_estimator_reduces_once_in_the_committed_programs():
-    rows = json.loads((scaling.PLANS.parent / "tpu_reductions.json").read_text())["rows"]
-    asked = [(name, microbatch) for name in tpu_reductions.ESTIMATORS for microbatch in (None, 1)]
-    assert [(row["estimator"], row["microbatch"]) for row in rows] == asked
+    rows = report.read_results(scaling.RESULTS / "tpu_reductions.json")["rows"]
+    metrics = {"collectives": 1, "inside loops": 0}
+    asked = [
+        (name, microbatch, metric, value)
+        for name in tpu_reductions.ESTIMATORS
+        for microbatch in (None, 1)
+        for metric, value in metrics.items()
+    ]
+    assert [(r["method"], r["microbatch"], r["metric"], r["value"]) for r in rows] == asked
     gradient = {f"f32[{','.join(map(str, shape))}]" for shape in tpu_reductions.SHAPES.values()}
     for row in rows:
         assert row["kinds"] == ["all-reduce"]
-        assert row["collectives"] == 1
-        assert row["inside loops"] == 0
         arrays = [shape for shape in row["shapes"] if shape != "f32[]"]
         assert sorted(arrays) == sorted([*gradient, f"f32[{tpu_reductions.STEPS}]"])
+
+
+def test_the_committed_numbers_are_those_of_the_plans():
+    plans = tpu_plans.read(scaling.PLANS)
+    rows = [row for plan in plans for row in tpu_plans.rows_of(plan)]
+    assert report.read_results(scaling.RESULTS / "tpu_plans.json")["rows"] == rows
+
+
+def test_plans_survive_a_file_and_what_was_compiled_is_not_compiled_again(tmp_path, monkeypatch):
+    asked = []
+
+    def compiler(reference, candidate, *, steps, topology):
+        asked.append(candidate)
+        flops = math.nan if candidate.tasks == 512 else 2e12  # one has no answer
+        traffic = {"all-reduce": [1, 2.0**30, 0.0]}
+        return Row(candidate, topology, 3 * 2**30, 2**30, 2**31, 2**34, True, flops, traffic, 1.0)
+
+    monkeypatch.setattr(tpu_plans, "in_a_child", compiler)
+    monkeypatch.setattr(tpu_plans, "require_libtpu", lambda: None)
+    arguments = ["--preset", "smoke", "--out", str(tmp_path)]
+    tpu_plans.main(arguments)
+    assert [candidate.tasks for candidate in asked] == [256, 512]
+    rows = report.read_results(tmp_path)["rows"]
+    assert {row["metric"]: row["value"] for row in rows} == {
+        "GiB": 3.0, "TFLOP": 2.0, "GiB sent": 1.0
+    }  # fmt: skip
+    kept = tpu_plans.read(tmp_path / "plans.json")
+    assert [plan.row.candidate.tasks for plan in kept] == [256]
+    tpu_plans.main([*arguments, "--resume"])
+    assert [candidate.tasks for candidate in asked] == [256, 512, 512]
+    assert tpu_plans.read(tmp_path / "plans.json") == kept
+    with pytest.raises(SystemExit, match="2"):
+        tpu_plans.main([*arguments, "--parts", "tables"])
 
 
 @pytest.mark.parametrize("model", [name for name, shape in MODELS.items() if shape.causal])

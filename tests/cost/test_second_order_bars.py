@@ -11,7 +11,8 @@ import pytest
 
 from benchmarks import peers_jax, readme, second_order_cost
 from benchmarks import second_order_bars as judged
-from benchmarks.second_order_problems import DecoderConfig, Setting, adapted, by_hand, decoder
+from benchmarks.pieces import at_rounded
+from benchmarks.second_order_problems import DecoderConfig, adapted, by_hand, decoder
 from jmeta.core.estimators import mixed_mode
 from jmeta.core.types import Episode
 from jmeta.cost import compile_estimate, exact_reference, gradient_error
@@ -120,7 +121,7 @@ def test_the_error_of_the_exact_rows_is_held_to():
 def test_what_rounding_the_weights_does_is_said_beside_the_error():
     row = {"method": judged.AT_ROUNDED, "seed": 0, "metric": "error", "model": "lm", "steps": 8}
     [line] = judged.errors([*rows_of(**{"unrolled|error": 2e-5}), row | {"value": 4e-4}])
-    assert "unrolled 2.0e-05; rounding the weights alone changes it by 4.0e-04 (bar" in line
+    assert "unrolled 2.0e-05; rounding weights and data alone moves the gradient by 4.0e-04 (bar" in line
     assert "of 9 exact rows" in line
 
 
@@ -133,9 +134,8 @@ def test_a_gradient_with_kinks_is_known_no_better_than_its_weights():
 
         meta = {"a": jnp.full(40, 0.7), "b": jnp.full(40, 0.7)}
         problem = learned_start(loss, optax.sgd(0.1))
-        setting = Setting("", problem, meta, Episode(jnp.zeros(1), jnp.zeros(1)))
-        reference = exact_reference(problem, 0, meta, setting.episode)
-        return second_order_cost.at_rounded(setting, 0, reference)
+        episode = Episode(jnp.zeros(1), jnp.zeros(1))
+        return at_rounded(functools.partial(exact_reference, problem, 0), meta, episode)
 
     assert changed(jnp.tanh) < 1e-6
     assert changed(jax.nn.relu) > 0.1
