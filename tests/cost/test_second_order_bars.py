@@ -121,7 +121,10 @@ def test_the_error_of_the_exact_rows_is_held_to():
 def test_what_rounding_the_weights_does_is_said_beside_the_error():
     row = {"method": judged.AT_ROUNDED, "seed": 0, "metric": "error", "model": "lm", "steps": 8}
     [line] = judged.errors([*rows_of(**{"unrolled|error": 2e-5}), row | {"value": 4e-4}])
-    assert "unrolled 2.0e-05; rounding weights and data alone moves the gradient by 4.0e-04 (bar" in line
+    assert (
+        "unrolled 2.0e-05; rounding weights and data alone moves the gradient by 4.0e-04 (bar"
+        in line
+    )
     assert "of 9 exact rows" in line
 
 
