@@ -273,7 +273,7 @@ def bars(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-ONE = "1: the best by hand, all the memory asked"
+ONE = "the best by hand, the memory asked"
 
 
 def figure(rows: Sequence[dict[str, Any]], path: Path) -> tuple[Path, Path]:

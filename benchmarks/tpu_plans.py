@@ -195,18 +195,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     record(config, "parts", "match")
     file = Path(config.out) / "plans.json"
     plans = read(file)
+    known = list(plans) if config.resume else []  # what need not be compiled again
     for one in cells():
         chosen = one.part in config.parts and config.match in title_of(one)
         old = [plan for plan in plans if (plan.part, plan.key) == (one.part, key_of(one))]
         if not chosen or (old and config.resume):
             continue
-        others = [plan for plan in plans if plan not in old]
-        row = compile_cell(one, others)
+        row = compile_cell(one, known)
         what = row.note or f"{row.bytes / 2**30:.2f} of {row.usable_bytes / 2**30:.2f} GiB"
         print(f"{title_of(one)}: {what} ({row.seconds:.0f} s)", flush=True)
         if math.isnan(row.flops):  # no answer of the compiler's
             continue
-        plans = [*others, Plan(one.part, one.method, key_of(one), row)]
+        known.append(Plan(one.part, one.method, key_of(one), row))
+        plans = [*(plan for plan in plans if plan not in old), known[-1]]
         write(file, plans)
     rows = [row for plan in plans for row in rows_of(plan)]
     leave(
