@@ -100,8 +100,8 @@ def measure(estimators: Sequence[str]) -> Rows:
             found = collectives(compiled(name, each * len(devices), microbatch, devices))
             shared = {
                 "method": name, "seed": 0, "tasks a chip": each, "microbatch": microbatch,
-                "kinds": sorted({one.kind for one in found}),
-                "shapes": sorted(shape for one in found for shape in one.shapes),
+                "kinds": " ".join(sorted({one.kind for one in found})),
+                "shapes": " ".join(sorted(shape for one in found for shape in one.shapes)),
             }  # fmt: skip
             values = {"collectives": len(found), "inside loops": sum(c.looped for c in found)}
             rows += [shared | {"metric": m, "value": value} for m, value in values.items()]

@@ -45,8 +45,8 @@ def test_every_estimator_reduces_once_in_the_committed_programs():
     assert [(r["method"], r["microbatch"], r["metric"], r["value"]) for r in rows] == asked
     gradient = {f"f32[{','.join(map(str, shape))}]" for shape in tpu_reductions.SHAPES.values()}
     for row in rows:
-        assert row["kinds"] == ["all-reduce"]
-        arrays = [shape for shape in row["shapes"] if shape != "f32[]"]
+        assert row["kinds"] == "all-reduce"
+        arrays = [shape for shape in row["shapes"].split() if shape != "f32[]"]
         assert sorted(arrays) == sorted([*gradient, f"f32[{tpu_reductions.STEPS}]"])
 
 
