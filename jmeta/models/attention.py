@@ -5,6 +5,7 @@ Every derivative of every order exists, but not of the fused kernels.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import jax
@@ -17,6 +18,8 @@ from jmeta.models.dropout import dropout
 from jmeta.models.primitives import Params, linear
 
 MASKED = -1e30  # a score that softmax sends to exactly zero, finite so that no derivative is NaN
+# Multiply-adds of a head: of so few, a batch of products takes a call each, ten times their work.
+_TINY = 128
 
 
 def visible(causal: bool, mask: Array | None, time: int) -> Array | None:
@@ -124,15 +127,28 @@ def mix(
         kernel = fused_kernel(capability, q, k)
         mixed = jax.nn.dot_product_attention(q, k, v, mask=allowed, implementation=kernel)
     else:
-        q = q * per_head**-0.5
-        scores = jnp.einsum(
-            "bhqd,bhkd->bhqk", q, k, preferred_element_type=at_least_float32(q.dtype)
-        )
+        scores = _scores(q * per_head**-0.5, k)
         probabilities = masked_softmax(scores, allowed).astype(q.dtype)
         probabilities = dropout(probabilities, config.attention_dropout, key)
-        mixed = jnp.einsum("bhqk,bhkd->bhqd", probabilities, v)
-        mixed = jnp.transpose(mixed, (0, 2, 1, 3))
+        mixed = jnp.transpose(_mixed(probabilities, v), (0, 2, 1, 3))
     return linear(mixed.reshape(batch, time, heads * per_head), weights["out"])
+
+
+def _scores(q: Array, k: Array) -> Array:
+    """Products of queries and keys, ``[batch, heads, time, keys]``, at least float32."""
+    exact = at_least_float32(q.dtype)
+    if math.prod(q.shape[2:]) * k.shape[2] <= _TINY:
+        return (q.astype(exact)[..., :, None, :] * k.astype(exact)[..., None, :, :]).sum(-1)
+    return jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=exact)
+
+
+def _mixed(probabilities: Array, v: Array) -> Array:
+    """Means of values, ``[batch, heads, time, per_head]``."""
+    if math.prod(probabilities.shape[2:]) * v.shape[3] <= _TINY:
+        exact = at_least_float32(v.dtype)
+        products = probabilities.astype(exact)[..., None] * v.astype(exact)[..., None, :, :]
+        return products.sum(-2).astype(v.dtype)
+    return jnp.einsum("bhqk,bhkd->bhqd", probabilities, v)
 
 
 def fused_kernel(capability: str, q: Array, k: Array) -> Literal["cudnn", "xla"]:
