@@ -20,8 +20,8 @@ def given(time, per_head):
     mask = jnp.ones((3, time)).at[1, 2].set(0)
     config = TransformerConfig(vocab=5, width=2 * per_head, layers=1, heads=2, max_len=time)
 
-    def mix(*heads):
-        return attention.mix(config, {"out": kernel}, *heads, attention.visible(True, mask, time))
+    def mix(q, k, v):
+        return attention.mix(config, {"out": kernel}, q, k, v, attention.visible(True, mask, time))
 
     return mix, heads, kernel, mask
 
