@@ -59,7 +59,7 @@ class Config(configuration.RunConfig):
     """Filters of each of the four blocks."""
     meta_batch: int = 4
     """Episodes per meta-step."""
-    meta_steps: int = 9500
+    meta_steps: int = 12000
     """Meta-steps of each method."""
     inner_steps: int = 2
     """Inner steps in training; the number at test is chosen on validation alphabets."""
