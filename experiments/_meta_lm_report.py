@@ -248,5 +248,6 @@ helps to fine-tune on the tasks?
 A soft teacher writes distributions over tokens and labels; an input-only one writes the tokens
 alone, and the labels are the text itself; a mask-only one chooses which tokens are hidden, and a
 mask-budget one which, but not how many. One of replacements writes other tokens for some, and the
-student is asked for those alone. Two methods have no teacher: denoising is the corruption of MLM
-with every token asked for, random tokens is MLM with a random token for each it hides."""
+student is asked for those alone. Three methods have no teacher: denoising is the corruption of MLM
+with every token asked for, random tokens is MLM with a random token for each it hides, and random
+masks MLM with [MASK] for each."""

@@ -24,11 +24,12 @@ from jmeta.tasks.tokenizer import Unified
 
 Batch: TypeAlias = dict[str, Any]
 
-MLM, DENOISING, RANDOM = "mlm", "denoising", "random tokens"
+MLM, DENOISING, RANDOM, HIDDEN = "mlm", "denoising", "random tokens", "random masks"
 CORRUPTIONS: dict[str, Objective] = {  # without a teacher
     MLM: corruption.masked_lm,
     DENOISING: corruption.denoising,
     RANDOM: functools.partial(corruption.masked_lm, keep=0, random=1),
+    HIDDEN: functools.partial(corruption.masked_lm, keep=0, random=0),
 }
 MASKS = ("mask-only", "mask-budget")  # what chooses where to mask, the first also how much
 REPLACEMENTS = "replacements"  # what writes other tokens for some, which alone are asked for
@@ -85,22 +86,29 @@ def student(config: Any, shape: TransformerConfig, loss: Any) -> methods.Student
 
 
 def rewriting(
-    name: str, words: Unified, shape: TransformerConfig
+    name: str, words: Unified, shape: TransformerConfig, masked: float = MASKED
 ) -> tuple[methods.Rewriting, Callable[[Array], PyTree]]:
-    """What the teacher of a method writes, and where its parameters start."""
+    """What the teacher of a method writes, and where its parameters start.
+
+    Args:
+        name: of the method.
+        words: the vocabulary.
+        shape: of the teacher.
+        masked: the share of positions that DRAWN teachers begin with or keep.
+    """
     if name in MASKS:
         scorer = functools.partial(teacher_lm.score, shape)
-        start = functools.partial(teacher_lm.init_scorer, shape, share=MASKED)
-        share = MASKED if name == "mask-budget" else None
+        start = functools.partial(teacher_lm.init_scorer, shape, share=masked)
+        share = masked if name == "mask-budget" else None
         return methods.masks_only(scorer, words.mask, share=share), start
     teacher = methods.without(functools.partial(teacher_lm.write, shape), [words.pad])
-    return kind_of(name)(teacher), functools.partial(teacher_lm.init_teacher, shape)
+    return kind_of(name, masked)(teacher), functools.partial(teacher_lm.init_teacher, shape)
 
 
-def kind_of(name: str) -> Callable[[Any], methods.Rewriting]:
+def kind_of(name: str, masked: float = MASKED) -> Callable[[Any], methods.Rewriting]:
     """Whether a method's teacher writes inputs alone, or some of them, or labels too."""
     if name == REPLACEMENTS:
-        return functools.partial(methods.replacements, share=MASKED)
+        return functools.partial(methods.replacements, share=masked)
     return methods.inputs_only if name.startswith("input-only") else methods.inputs_and_labels
 
 
@@ -119,14 +127,14 @@ def relaxation(name: str) -> Relaxation:
 
 
 def monitor(
-    name: str, words: Unified, shape: TransformerConfig
+    name: str, words: Unified, shape: TransformerConfig, masked: float = MASKED
 ) -> Callable[[PyTree, Batch], dict[str, Array]]:
     """``(meta, unlabelled batch) -> scalars`` that tell whether a method's teacher has collapsed.
 
     Of a teacher with two heads both are looked at, though it may write inputs alone: its own MLM
     losses train the other. Of one that replaces some tokens the other is not.
     """
-    shown, _ = rewriting(name if name in DRAWN else "soft", words, shape)
+    shown, _ = rewriting(name if name in DRAWN else "soft", words, shape, masked)
 
     def look(meta: PyTree, batch: Batch) -> dict[str, Array]:
         return methods.monitors(

@@ -83,6 +83,7 @@ def _corrupted(
     config: Any, data: Data, shape: TransformerConfig, loss: Any, corrupt: Objective
 ) -> Method:
     size = _batch_shape(config)
+    corrupt = functools.partial(corrupt, select=config.masked)
     return Method(
         jmeta.over_tasks(methods.plain_gradient(loss)),
         functools.partial(masked_lm.init, shape),
@@ -94,7 +95,7 @@ def _corrupted(
 
 
 def _teacher(config: Any, data: Data, name: str, shape: TransformerConfig, loss: Any) -> Method:
-    rewriting, start = shared.rewriting(name, data.words, shape)
+    rewriting, start = shared.rewriting(name, data.words, shape, config.masked)
     auxiliary = None
     if name not in MASKS:
         # With [PAD] among its classes, which is never one of its labels: as published.
@@ -141,7 +142,7 @@ def _teacher(config: Any, data: Data, name: str, shape: TransformerConfig, loss:
         size = _batch_shape(config)
         return data_of.teacher_chunk(data, points, seed, number, size, **options_of_chunk)
 
-    monitor = shared.monitor(name, data.words, shape)
+    monitor = shared.monitor(name, data.words, shape, config.masked)
     return Method(mg, start, chunk, fast, monitor, shared.panel(name, rewriting))
 
 

@@ -18,11 +18,12 @@ from typing import Any, Literal, NoReturn, TypeAlias
 
 import jax
 
+from experiments import _teacher_shared as shared
 from experiments import _two_moons_data as data_of
 from experiments import _two_moons_methods as methods_of
 from experiments import _two_moons_report as page
 from experiments._shared import command_line, record, require_positive
-from experiments._teacher_shared import CORRUPTIONS, HARD, MLM, named
+from experiments._teacher_shared import CORRUPTIONS, DRAWN, HARD, MLM, named
 from experiments._two_moons_methods import METHODS, NONE
 from experiments._two_moons_training import Diverged, Pretrained, pretrain
 from experiments._two_moons_tuning import Tuned, fine_tune, fine_tuner, luckiest
@@ -87,6 +88,10 @@ class Config(configuration.RunConfig):
     labelled_batch: int = 0
     """How many of these a student learns from, and how many others it is scored on, in each
     micro-batch of a teacher; 0: as many as it has sequences, as published."""
+    masked: float = shared.MASKED
+    """Share of a sequence's tokens that methods without a teacher hide, and that teachers of masks
+    and of replacements begin with or keep. MLM as a task, as a teacher's own loss and as what
+    students are validated on stays as published."""
     mlm_task: tuple[str, ...] = ("soft",)
     """Methods whose student is scored on MLM half of the time, on labelled points otherwise."""
     mask_bug: bool = False
@@ -160,6 +165,11 @@ class Config(configuration.RunConfig):
                 "among_classes scores points among the labels of their task, but MLM, which has "
                 f"none, is a task of {', '.join(self.mlm_task)}: set mlm_task to nothing"
             )
+        if not 0 < self.masked < 1:
+            raise ValueError(f"masked={self.masked}: a share between 0 and 1")
+        elsewhere = [name for name in self.methods if name not in (*CORRUPTIONS, *DRAWN)]
+        if self.masked != shared.MASKED and elsewhere:
+            raise ValueError(f"masked is a share that {', '.join(elsewhere)} does not read")
         if self.support_steps < 0:
             raise ValueError(f"support_steps={self.support_steps}: 0 or more")
         if not 0 <= self.labelled_batch <= self.teacher_labels // 2:

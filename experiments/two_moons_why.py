@@ -16,12 +16,13 @@ from experiments import _two_moons_data as data_of
 from experiments import _two_moons_report as page
 from experiments import two_moons
 from experiments._shared import command_line, record, write_metrics
-from experiments._teacher_shared import DENOISING, MLM, RANDOM, REPLACEMENTS, named
+from experiments._teacher_shared import DENOISING, HIDDEN, MLM, RANDOM, REPLACEMENTS, named
 from jmeta.runtime import config as configuration
 from jmeta.runtime import distributed, figures, report
 from jmeta.runtime.statistics import summarise
 
 BASE, HARD, BUDGET = "soft", "hard", "mask-budget"
+SHARES = (0.05, 0.3, 0.5, 0.7, 0.9)  # of tokens that MLM hides, beside the published 0.15
 JUDGE: dict[str, Any] = {"among_classes": True, "support_steps": 10}  # nearer to fine-tuning
 
 
@@ -43,6 +44,7 @@ class Variant(NamedTuple):
 
 VARIANTS: dict[str, Variant] = {
     MLM: Variant(MLM, {}),
+    **{f"MLM {share}": Variant(MLM, {"masked": share}, MLM) for share in SHARES},
     DENOISING: Variant(
         DENOISING, {}, remark="no teacher, MLM's corruption, and every token is asked for, as "
         "where a teacher writes everything, not the hidden ones alone",
@@ -77,6 +79,10 @@ VARIANTS: dict[str, Variant] = {
     "input-only soft": Variant("input-only soft", {}),
     "mask-only": Variant("mask-only", {}, BUDGET, "its teacher chooses how many to mask, too"),
     BUDGET: Variant("mask-budget", {}),
+    HIDDEN: Variant(
+        HIDDEN, {}, BUDGET, "no teacher, MLM with [MASK] wherever it has a random token or leaves "
+        "a token as it is: about what a teacher of masks begins with",
+    ),
     "among classes": Variant("mask-budget", {"among_classes": True}, BUDGET),
     "ten support steps": Variant("mask-budget", {"support_steps": 10}, BUDGET),
     "both": Variant(
@@ -201,7 +207,7 @@ def write(config: Config, lost: Sequence[str] = ()) -> None:
     rows = [row for name, each in found.items() for row in rows_of(name, each, seeds)]
     summary: list[dict[str, Any]] = []
     pictures: list[tuple[str, tuple[Path, Path]]] = []
-    for base in (BASE, HARD, BUDGET, REPLACEMENTS):
+    for base in (BASE, MLM, HARD, BUDGET, REPLACEMENTS):
         mine = [name for name in found if VARIANTS[name].against == base]
         if base != BASE:
             mine = [base, *mine] if base in found and mine else mine

@@ -58,6 +58,35 @@ def test_random_tokens_stand_where_masks_would(data):
     assert 0 < hidden.mean() < 0.3
 
 
+def test_random_masks_are_masks_and_nothing_else(data):
+    smoke = two_moons.PRESETS["smoke"]
+    batch, denoised = (
+        methods_of.build(smoke, data, name).chunk(1, 3).query
+        for name in ("random masks", "denoising")
+    )
+    hidden = batch["weights"] == 1
+    np.testing.assert_array_equal(batch["tokens"] == data.words.mask, hidden)
+    np.testing.assert_array_equal(batch["labels"][hidden], denoised["labels"][hidden])
+    np.testing.assert_array_equal(batch["tokens"][~hidden], denoised["labels"][~hidden])
+
+
+@pytest.mark.parametrize("share", [0.05, 0.9])
+def test_the_share_that_is_hidden_is_the_one_asked_for(data, share):
+    smoke = dataclasses.replace(two_moons.PRESETS["smoke"], masked=share)
+    for name in ("mlm", "random masks"):
+        batch = methods_of.build(smoke, data, name).chunk(1, 3).query
+        # Of 32 numbers a row, rounded down or up: whole in the mean.
+        assert set(np.unique(batch["weights"].sum(-1))) <= {
+            np.floor(32 * share), np.ceil(32 * share)
+        }  # fmt: skip
+    read = data_of.unlabelled(data.held_out, data.words)
+    read = {k: jnp.asarray(read[k][:3]) for k in ("tokens", "mask", "ordinary")}
+    for name in shared.MASKS:
+        method = methods_of.build(smoke, data, name)
+        meta = jax.jit(method.start)(jax.random.key(0))
+        assert jax.jit(method.monitor)(meta, read)["mask_rate"] == pytest.approx(share, rel=0.1)
+
+
 def test_a_teacher_of_replacements_reads_where_it_may_write_and_what_it_learns_mlm_from(data):
     smoke = two_moons.PRESETS["smoke"]
     method = methods_of.build(smoke, data, shared.REPLACEMENTS)

@@ -36,6 +36,8 @@ def test_a_variant_differs_from_the_published_setting_in_what_it_says_alone(tmp_
     judge = {"among_classes": True, "support_steps": 10}
     assert changed["replacements led"] == (("replacements",), led)
     assert changed["replacements both"] == (("replacements",), led | judge)
+    assert changed["MLM 0.3"] == (("mlm",), {"masked": 0.3})
+    assert changed["random masks"] == (("random masks",), {})
     folders = {two_moons_why.setting(config, name).out for name in two_moons_why.VARIANTS}
     assert len(folders) == len(changed) == len({str(each) for each in changed.values()})
 
@@ -43,8 +45,8 @@ def test_a_variant_differs_from_the_published_setting_in_what_it_says_alone(tmp_
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"variants": ("soap",)}, "variants soap: choose of mlm, denoising, random tokens, soft"),
-        ({"variants": ("",)}, "no variants: choose of mlm, denoising, random tokens"),
+        ({"variants": ("soap",)}, "variants soap: choose of mlm, MLM 0.05, MLM 0.3,"),
+        ({"variants": ("",)}, "no variants: choose of mlm, MLM 0.05, MLM 0.3,"),
         ({"samples": 1000}, "variant 'mlm': samples=1000 is no multiple"),
         ({"label_counts": (1,)}, "cannot hold one of each moon"),
     ],
@@ -56,7 +58,7 @@ def test_settings_that_cannot_be_are_refused(fields, said):
 
 def test_what_variants_left_becomes_one_table_against_soft_and_hard(tmp_path, capsys):
     config = dataclasses.replace(two_moons_why.PRESETS["smoke"], out=tmp_path)
-    values = {"soft": (0.5, 0.7), "mask bug": (0.4, 0.65), "hard": (0.3, 0.4),
+    values = {"MLM 0.3": (0.6, 0.6), "MLM 0.5": (0.9, 0.8), "soft": (0.5, 0.7), "mask bug": (0.4, 0.65), "hard": (0.3, 0.4),
               "hard as published": (0.4, 0.4), "mask-budget": (0.5, 0.5),
               "among classes": (0.6, 0.8), "replacements": (0.7, 0.7),
               "replacements led": (0.4, 0.6)}  # fmt: skip
@@ -87,6 +89,9 @@ def test_what_variants_left_becomes_one_table_against_soft_and_hard(tmp_path, ca
     assert by["hard as published", "accuracy"]["baseline"] == "hard"
     assert by["hard as published", "accuracy"]["paired_difference"] == pytest.approx(0.05)
     assert by["mask-budget", "accuracy"]["baseline"] == "soft"
+    # MLM itself is missing: the first of its group stands in for it.
+    assert by["MLM 0.5", "accuracy"]["baseline"] == "MLM 0.3"
+    assert by["MLM 0.5", "accuracy"]["paired_difference"] == pytest.approx(0.25)
     assert by["among classes", "accuracy"]["baseline"] == "mask-budget"
     assert by["among classes", "accuracy"]["paired_difference"] == pytest.approx(0.2)
     assert by["replacements led", "accuracy"]["baseline"] == "replacements"
@@ -101,7 +106,7 @@ def test_what_variants_left_becomes_one_table_against_soft_and_hard(tmp_path, ca
     ):
         assert (tmp_path / name).stat().st_size > 0
     page = (tmp_path / "report.html").read_text()
-    assert "Not in this run: mlm, denoising, random tokens, MLM no task, first order" in page
+    assert "Not in this run: mlm, MLM 0.05," in page
     assert "hard as published: four settings differ." in page
 
 
