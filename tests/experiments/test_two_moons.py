@@ -60,7 +60,7 @@ def run(tmp_path_factory):
         ({"support_steps": -1}, "support_steps=-1: 0 or more"),
         ({"labelled_batch": 6}, "labelled_batch=6: at most half of the 10 labelled points"),
         ({"masked": 1.0}, "masked=1.0: a share between 0 and 1"),
-        ({"masked": 0.3}, "masked is a share that input-only soft, soft, hard, input-only hard does"),
+        ({"masked": 0.3}, "a share that input-only soft, soft, hard, input-only hard does not"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(fields, said):

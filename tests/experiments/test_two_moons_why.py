@@ -58,7 +58,8 @@ def test_settings_that_cannot_be_are_refused(fields, said):
 
 def test_what_variants_left_becomes_one_table_against_soft_and_hard(tmp_path, capsys):
     config = dataclasses.replace(two_moons_why.PRESETS["smoke"], out=tmp_path)
-    values = {"MLM 0.3": (0.6, 0.6), "MLM 0.5": (0.9, 0.8), "soft": (0.5, 0.7), "mask bug": (0.4, 0.65), "hard": (0.3, 0.4),
+    values = {"MLM 0.3": (0.6, 0.6), "MLM 0.5": (0.9, 0.8),
+              "soft": (0.5, 0.7), "mask bug": (0.4, 0.65), "hard": (0.3, 0.4),
               "hard as published": (0.4, 0.4), "mask-budget": (0.5, 0.5),
               "among classes": (0.6, 0.8), "replacements": (0.7, 0.7),
               "replacements led": (0.4, 0.6)}  # fmt: skip
