@@ -94,8 +94,9 @@ VARIANTS: dict[str, Variant] = {
         "mask-budget", JUDGE, BUDGET, "scored among classes after ten support steps"
     ),
     "forty labels": Variant(
-        "mask-budget", FORTY, BUDGET, "its teacher sees forty labelled points, students of ten are not given the other "
-        "thirty; twenty are for a hundred support steps at 0.01, and it is scored among classes",
+        "mask-budget", FORTY, BUDGET,
+        "its teacher sees forty labelled points, students of ten are not given the other thirty; "
+        "twenty are for a hundred support steps at 0.01, and it is scored among classes",
     ),
     "forty labels first order": Variant(
         "mask-budget", {**FORTY, "soft_gradient": "first_order"}, BUDGET,
