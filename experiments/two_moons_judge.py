@@ -1,7 +1,8 @@
 """What a teacher of Two Moons is told: the loss that it follows, of students with and without MLM.
 
 A teacher can only want what its judge prefers. Each judge (steps on labelled points, their rate,
-the classes of a label) scores the same students: pre-trained by MLM, and not at all.
+the classes of a label) scores the same students: pre-trained by MLM, and not at all. What leads a
+teacher is the gradient of that score: its size, and whether first order points the same way.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import functools
 import itertools
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -22,6 +24,7 @@ from experiments import _two_moons_methods as methods_of
 from experiments import two_moons
 from experiments._shared import command_line, record, require_positive, write_metrics
 from experiments._teacher_shared import MLM, judge
+from experiments._two_moons_gradients import EXACT, FIRST, OVERFLOW, slopes
 from experiments._two_moons_methods import NONE
 from experiments._two_moons_training import pretrain
 from jmeta.core.types import Array, Episode, Key, PyTree
@@ -132,10 +135,13 @@ def judged(
 def rows_of(
     config: Config, data: data_of.Data, students: dict[str, PyTree]
 ) -> list[dict[str, Any]]:
-    """What each judge says of each student, the mean over the draws."""
+    """What each judge says of each student, and its gradient: the mean over the draws."""
     rows: list[dict[str, Any]] = []
-    over_draws = jax.vmap(judged(config.setting, data, config.support_steps), (None, 0, None))
-    program = jax.jit(jax.vmap(over_draws, (0, 0, None)))
+    programs = [
+        jax.jit(jax.vmap(jax.vmap(of(config.setting, data, config.support_steps),
+                                  (None, 0, None)), (0, 0, None)))
+        for of in (judged, slopes)
+    ]  # fmt: skip
     sizes = tuple(zip(config.labels, config.examples, strict=True))
     for size, classes in itertools.product(sizes, CLASSES):
         each = [
@@ -144,7 +150,11 @@ def rows_of(
         ]
         episodes = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
         for rate, (name, params) in itertools.product(config.inner_rates, students.items()):
-            found = program(params, episodes, jnp.float32(rate))
+            found = {
+                metric: values
+                for program in programs
+                for metric, values in program(params, episodes, jnp.float32(rate)).items()
+            }
             means = {metric: np.asarray(values).mean(1) for metric, values in found.items()}
             for at, steps in enumerate(config.support_steps):
                 settings = {"labels": size[0], "label among": classes, "support steps": steps}
@@ -155,9 +165,13 @@ def rows_of(
                     for metric, values in means.items()
                     for seed, value in zip(config.seed_list, values[:, at], strict=True)
                 ]
-            said = ", ".join(f"{loss:.4g}" for loss in means[LOSS].mean(0))
+            said, sizes_of = (
+                ", ".join(f"{value:.4g}" for value in means[metric].mean(0))
+                for metric in (LOSS, EXACT)
+            )
             print(
-                f"{size[0]} labels, among {classes}, rate {rate}: {name} {said} nats",
+                f"{size[0]} labels, among {classes}, rate {rate}: {name} {said} nats, "
+                f"log10 of the gradient {sizes_of}",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
     return rows
@@ -176,6 +190,34 @@ def said_by(summary: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def pictures_of_slopes(
+    config: Config, summary: Sequence[dict[str, Any]]
+) -> list[tuple[str, tuple[Path, Path]]]:
+    """The size of the gradient by support steps, of MLM's students, exact and first order."""
+    if len(config.support_steps) < 2:
+        return []
+    curves: dict[str, figures.Curve] = {}
+    labels = config.labels[-1]
+    for rate, (said, metric) in itertools.product(
+        config.inner_rates, (("exact", EXACT), ("first order", FIRST))
+    ):
+        rows = [
+            row for row in summary
+            if row["metric"] == metric and row["method"] == MLM and row["labels"] == labels
+            and row["label among"] == "two" and row["rate"] == rate
+        ]  # fmt: skip
+        half = None if config.seeds == 1 else [row["ci95"] for row in rows]
+        curves[f"{said}, rate {rate:g}"] = (
+            [row["support steps"] for row in rows], [row["mean"] for row in rows], half,
+        )  # fmt: skip
+    caption = f"What a judge of {labels} labels, among two, tells of MLM's students: how large."
+    drawn = figures.learning_curves(
+        config.out / "gradients", curves, xlabel="steps on labelled points",
+        ylabel="log10 of the gradient's norm",
+    )  # fmt: skip
+    return [(caption, drawn)]
+
+
 def run(config: Config) -> None:
     """Pre-train by MLM, judge, and write the run directory."""
     record(config, "devices", "support_steps", "inner_rates", "labels", "examples", "draws")
@@ -191,8 +233,12 @@ def run(config: Config) -> None:
     if config.seeds > 1:
         caption = f"Query loss of students of MLM against {NONE}, by judge; filled where certain."
         pictures.append((caption, figures.forest(config.out / "differences", summary, LOSS)))
+    pictures += pictures_of_slopes(config, summary)
     notes = [
         said_by(summary),
+        "A teacher's meta-gradient is the gradient by the student's weights, times what the "
+        "teacher changes in them; both norms are means over draws of their decimal logarithm, and "
+        f"{OVERFLOW} stands for what float32 cannot hold.",
         "Who says that a label is one of two, with equal chances, has a loss of "
         f"{np.log(2):.2f}; among the whole vocabulary of {data.words.size} it is "
         f"{np.log(data.words.size):.2f}.",

@@ -3,13 +3,16 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from quick_numbers import drawn
 
 from experiments import _teacher_shared, two_moons, two_moons_judge
 from experiments import _two_moons_data as data_of
 from experiments import _two_moons_methods as methods_of
+from experiments._two_moons_gradients import COSINE, EXACT, FIRST, OVERFLOW, log_norm, slopes
 from experiments.two_moons_judge import ACCURACY, LOSS, judged, labelled_episodes, said_by
 from jmeta import methods
 from jmeta.models import masked_lm
@@ -76,6 +79,48 @@ def test_accuracy_is_that_of_the_label_with_the_greater_score(data, student, sco
     assert 0 < share.mean() < 1
 
 
+def test_gradients_are_those_of_the_loss_and_of_the_last_weights(data, student):
+    config, given = two_moons_judge.PRESETS["smoke"], two_moons.PRESETS["smoke"]
+    episodes = labelled_episodes(config, data, 0, 10, 4, among=True)
+    episode, rate = jax.tree.map(lambda leaf: leaf[0], episodes), 0.05
+    found = jax.jit(slopes(given, data, (1, 2)))(student, episode, np.float32(rate))
+    # Exact: through a loop written out. First order: the gradient where it ends.
+    loss = functools.partial(masked_lm.loss, methods_of.network(given, data))
+    gradient = jax.grad(lambda params, batch: loss(params, batch, None)[0])
+
+    def step(params):
+        grads = gradient(params, episode.support)
+        shrink = jnp.minimum(1.0, 5.0 / optax.tree.norm(grads))
+        return jax.tree.map(lambda p, g: p - rate * shrink * g, params, grads)
+
+    def told(params, steps):
+        for _ in range(steps):
+            params = step(params)
+        return loss(params, episode.query, None)[0]
+
+    params = student
+    for at in (0, 1):
+        exact = jax.jit(jax.grad(told), static_argnums=1)(student, at + 1)
+        params = jax.jit(step)(params)
+        first = jax.jit(gradient)(params, episode.query)
+        norms = [float(optax.tree.norm(tree)) for tree in (exact, first)]
+        cosine = float(optax.tree.vdot(exact, first)) / norms[0] / norms[1]
+        np.testing.assert_allclose(10 ** found[EXACT][at], norms[0], rtol=1e-3)
+        np.testing.assert_allclose(10 ** found[FIRST][at], norms[1], rtol=1e-3)
+        np.testing.assert_allclose(found[COSINE][at], cosine, rtol=1e-3)
+        assert cosine < 0.9999  # they are told apart
+
+
+def test_a_norm_whose_square_overflows_is_still_a_number():
+    values = {"a": np.float32([3e30, 0.0]), "b": np.float32([4e30])}
+    size, direction = log_norm(values)
+    np.testing.assert_allclose(size, np.log10(5e30), rtol=1e-6)
+    np.testing.assert_allclose(direction, [0.6, 0.0, 0.8], rtol=1e-6)
+    size, direction = log_norm({"a": np.float32([np.inf, 1.0])})
+    assert size == np.float32(OVERFLOW)
+    np.testing.assert_array_equal(direction, 0.0)
+
+
 def test_verdicts_are_counted_where_they_are_certain():
     rows = [
         {"method": method, "seed": seed, "metric": LOSS, "value": value, "rate": rate}
@@ -111,12 +156,26 @@ def test_a_run_leaves_what_the_contract_names_and_judges_again_without_training(
     two_moons_judge.main([*SMOKE, "--out", str(out)])
     found = read_results(out)
     assert {row["method"] for row in found["rows"]} == {"mlm", "no pre-training"}
-    for name in ("report.html", "differences.png", "metrics.jsonl", "run.json", "config.yaml"):
+    for name in (
+        "report.html",
+        "differences.png",
+        "gradients.svg",
+        "metrics.jsonl",
+        "run.json",
+        "config.yaml",
+    ):
         assert (out / name).stat().st_size > 0
     # Other judges of the same students; one of them said the same before.
     two_moons_judge.main(
         [*SMOKE, "--support-steps", "1", "--draws", "3", "--resume", "--out", str(out)]
     )
     again = read_results(out)["rows"]
-    before = {tuple(sorted(map(str, row.items()))) for row in found["rows"]}
-    assert {tuple(sorted(map(str, row.items()))) for row in again} < before
+
+    def setting(row):
+        return tuple(sorted((key, str(value)) for key, value in row.items() if key != "value"))
+
+    # To rounding: a program of fewer steps is another program.
+    before = {setting(row): row["value"] for row in found["rows"]}
+    assert len(again) < len(before)
+    for row in again:
+        assert row["value"] == pytest.approx(before[setting(row)], rel=1e-5)
