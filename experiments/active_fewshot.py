@@ -32,6 +32,9 @@ from jmeta.tasks.episodes import FewShot
 PARTS = (8, 8, 4, 2, 2)
 """Sizes of the classes of a skewed pool, in twenty-fourths."""
 
+APART = 1000
+"""A seed's tasks are numbered from so many times the seed: as many are its own at most."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Config(configuration.RunConfig):
@@ -64,6 +67,8 @@ class Config(configuration.RunConfig):
         super().__post_init__()
         if self.ways != len(PARTS):
             raise ValueError(f"ways={self.ways}: skewed pools are made for {len(PARTS)} classes")
+        if not 1 <= self.tasks <= APART:
+            raise ValueError(f"tasks={self.tasks}: 1 to {APART}, or seeds would share tasks")
         if self.budget * self.rounds > self.pool // 2:
             raise ValueError(
                 f"{self.rounds} rounds of {self.budget} are more than half of a pool of "
@@ -201,7 +206,7 @@ def run_seed(config: Config, seed: int, tokens: Mapping[str, FewShot]) -> page.F
     found: page.Found = {}
     for kind in page.KINDS:
         made = [
-            run_task(config, make_task(config, adapter, source, kind, 1000 * seed + i), i)
+            run_task(config, make_task(config, adapter, source, kind, APART * seed + i), i)
             for i in range(config.tasks)
         ]
         found[kind] = {

@@ -112,6 +112,9 @@ def test_what_cannot_be_is_refused():
         active_fewshot.Config(out="x", pool=20, rounds=9)
     with pytest.raises(ValueError, match="skewed pools"):
         active_fewshot.Config(out="x", ways=4)
+    for tasks in (0, 1001):
+        with pytest.raises(ValueError, match=f"tasks={tasks}: 1 to 1000, or seeds would share"):
+            active_fewshot.Config(out="x", tasks=tasks)
     with pytest.raises(ValueError, match="classes have the"):
         active_fewshot.make_task(SMALL, adapter(), source(each=8), "balanced", 0)
 
