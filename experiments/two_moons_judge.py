@@ -24,7 +24,7 @@ from experiments import _two_moons_methods as methods_of
 from experiments import two_moons
 from experiments._shared import command_line, record, require_positive, write_metrics
 from experiments._teacher_shared import MLM, judge
-from experiments._two_moons_gradients import EXACT, FIRST, OVERFLOW, slopes
+from experiments._two_moons_gradients import EXACT, OVERFLOW, slopes
 from experiments._two_moons_methods import NONE
 from experiments._two_moons_training import pretrain
 from jmeta.core.types import Array, Episode, Key, PyTree
@@ -60,12 +60,16 @@ class Config(configuration.RunConfig):
     """How many of each half it uses, for each number of labels; published: 4."""
     draws: int = 32
     """How often each seed's labelled points are halved anew."""
+    gradient_draws: int = 8
+    """On how many of these the judge's gradient is measured, which costs most; 0: not at all."""
     devices: int = 0
     """Devices that the seeds are spread over while they train; 0: all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "support_steps", "inner_rates", "examples", "draws")
+        if not 0 <= self.gradient_draws <= self.draws:
+            raise ValueError(f"gradient_draws={self.gradient_draws}: 0 to draws={self.draws}")
         if len(self.labels) != len(self.examples) or not all(
             2 * each <= labels for labels, each in zip(self.labels, self.examples, strict=False)
         ):
@@ -88,7 +92,7 @@ class Config(configuration.RunConfig):
 PRESETS = {
     "paper": Config(),
     "smoke": Config(seeds=2, size="smoke", samples=32, support_steps=(1, 2), labels=(10,),
-                    examples=(4,), draws=3),
+                    examples=(4,), draws=3, gradient_draws=2),
 }  # fmt: skip
 
 
@@ -137,11 +141,11 @@ def rows_of(
 ) -> list[dict[str, Any]]:
     """What each judge says of each student, and its gradient: the mean over the draws."""
     rows: list[dict[str, Any]] = []
-    programs = [
+    scores, gradients = (
         jax.jit(jax.vmap(jax.vmap(of(config.setting, data, config.support_steps),
                                   (None, 0, None)), (0, 0, None)))
         for of in (judged, slopes)
-    ]  # fmt: skip
+    )  # fmt: skip
     sizes = tuple(zip(config.labels, config.examples, strict=True))
     for size, classes in itertools.product(sizes, CLASSES):
         each = [
@@ -150,11 +154,10 @@ def rows_of(
         ]
         episodes = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
         for rate, (name, params) in itertools.product(config.inner_rates, students.items()):
-            found = {
-                metric: values
-                for program in programs
-                for metric, values in program(params, episodes, jnp.float32(rate)).items()
-            }
+            found = scores(params, episodes, jnp.float32(rate))
+            if config.gradient_draws:
+                few = jax.tree.map(lambda leaf: leaf[:, : config.gradient_draws], episodes)
+                found |= gradients(params, few, jnp.float32(rate))
             means = {metric: np.asarray(values).mean(1) for metric, values in found.items()}
             for at, steps in enumerate(config.support_steps):
                 settings = {"labels": size[0], "label among": classes, "support steps": steps}
@@ -165,13 +168,13 @@ def rows_of(
                     for metric, values in means.items()
                     for seed, value in zip(config.seed_list, values[:, at], strict=True)
                 ]
-            said, sizes_of = (
-                ", ".join(f"{value:.4g}" for value in means[metric].mean(0))
+            said = "; ".join(
+                f"{metric} " + ", ".join(f"{value:.4g}" for value in means[metric].mean(0))
                 for metric in (LOSS, EXACT)
+                if metric in means
             )
             print(
-                f"{size[0]} labels, among {classes}, rate {rate}: {name} {said} nats, "
-                f"log10 of the gradient {sizes_of}",
+                f"{size[0]} labels, among {classes}, rate {rate}: {name} {said}",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
     return rows
@@ -193,24 +196,22 @@ def said_by(summary: Sequence[dict[str, Any]]) -> str:
 def pictures_of_slopes(
     config: Config, summary: Sequence[dict[str, Any]]
 ) -> list[tuple[str, tuple[Path, Path]]]:
-    """The size of the gradient by support steps, of MLM's students, exact and first order."""
-    if len(config.support_steps) < 2:
+    """The size of the gradient by the number of support steps."""
+    if len(config.support_steps) < 2 or not config.gradient_draws:
         return []
     curves: dict[str, figures.Curve] = {}
     labels = config.labels[-1]
-    for rate, (said, metric) in itertools.product(
-        config.inner_rates, (("exact", EXACT), ("first order", FIRST))
-    ):
+    for name, rate in itertools.product((NONE, MLM), config.inner_rates):
         rows = [
             row for row in summary
-            if row["metric"] == metric and row["method"] == MLM and row["labels"] == labels
+            if row["metric"] == EXACT and row["method"] == name and row["labels"] == labels
             and row["label among"] == "two" and row["rate"] == rate
         ]  # fmt: skip
         half = None if config.seeds == 1 else [row["ci95"] for row in rows]
-        curves[f"{said}, rate {rate:g}"] = (
+        curves[f"{name}, rate {rate:g}"] = (
             [row["support steps"] for row in rows], [row["mean"] for row in rows], half,
         )  # fmt: skip
-    caption = f"What a judge of {labels} labels, among two, tells of MLM's students: how large."
+    caption = f"The gradient of a judge of {labels} labels, among two, by the student's weights."
     drawn = figures.learning_curves(
         config.out / "gradients", curves, xlabel="steps on labelled points",
         ylabel="log10 of the gradient's norm",
@@ -220,7 +221,8 @@ def pictures_of_slopes(
 
 def run(config: Config) -> None:
     """Pre-train by MLM, judge, and write the run directory."""
-    record(config, "devices", "support_steps", "inner_rates", "labels", "examples", "draws")
+    record(config, "devices", "support_steps", "inner_rates", "labels", "examples", "draws",
+           "gradient_draws")  # fmt: skip
     given = config.setting
     data = data_of.load(given.validation_sequences, given.test_points)
     rows = rows_of(config, data, students(config, data))
@@ -237,8 +239,8 @@ def run(config: Config) -> None:
     notes = [
         said_by(summary),
         "A teacher's meta-gradient is the gradient by the student's weights, times what the "
-        "teacher changes in them; both norms are means over draws of their decimal logarithm, and "
-        f"{OVERFLOW} stands for what float32 cannot hold.",
+        "teacher changes in them. Both norms are means of their decimal logarithm over "
+        f"{config.gradient_draws} draws; {OVERFLOW} stands for what float32 cannot hold.",
         "Who says that a label is one of two, with equal chances, has a loss of "
         f"{np.log(2):.2f}; among the whole vocabulary of {data.words.size} it is "
         f"{np.log(data.words.size):.2f}.",

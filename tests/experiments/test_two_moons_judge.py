@@ -140,6 +140,7 @@ def test_verdicts_are_counted_where_they_are_certain():
         ({"support_steps": ()}, r"support_steps=\(\): choose more than 0"),
         ({"inner_rates": (0.1, 0.0)}, "inner_rates=.*: choose more than 0"),
         ({"draws": 0}, "draws=0"),
+        ({"draws": 4}, "gradient_draws=8: 0 to draws=4"),
         ({"labels": (10,), "examples": (6,)}, "at most half of it"),
         ({"labels": (10,)}, "one number for each"),
         ({"samples": 1000}, "samples=1000 is no multiple"),
