@@ -38,6 +38,7 @@ class Method(NamedTuple):
         chunk: ``(seed, chunk) -> episodes [steps, ...]`` of a chunk's outer steps.
         student: ``(meta, estimator's state) -> the student's parameters``.
         monitor: ``(meta, unlabelled batch) -> scalars``.
+        optimizer: what moves meta.
         panel: ``(meta, unlabelled batch, key) -> what the teacher writes for it``; None: there is
             no teacher.
     """
@@ -47,6 +48,7 @@ class Method(NamedTuple):
     chunk: Callable[[int, int], Episode]
     student: Callable[[PyTree, PyTree], PyTree]
     monitor: Callable[[PyTree, Batch], dict[str, Array]]
+    optimizer: optax.GradientTransformation
     panel: Callable[[PyTree, Batch, Key], Batch] | None
 
 
@@ -64,6 +66,14 @@ def optimizer(rate: Any, warmup: int) -> optax.GradientTransformation:
     Leaf by leaf, operations on a few hundred numbers are a fifth of what there is to compile.
     """
     return optax.flatten(shared.adamw(rate, warmup))
+
+
+def left_out_above(
+    inner: optax.GradientTransformation, norm: float
+) -> optax.GradientTransformation:
+    """Leaves the steps out whose gradient has a larger norm, or none: its moments stay, too."""
+    large = functools.partial(optax.skip_large_updates, max_squared_norm=norm**2)
+    return optax.MultiSteps(inner, 1, should_skip_update_fn=large).gradient_transformation()
 
 
 def build(config: Any, data: Data, name: str) -> Method:
@@ -90,6 +100,7 @@ def _corrupted(
         lambda seed, chunk: Episode(None, data_of.corrupted(data, seed, chunk, size, corrupt)),
         lambda meta, state: meta,
         lambda meta, batch: {},
+        optimizer(config.rate, config.warmup),
         None,
     )
 
@@ -143,7 +154,11 @@ def _teacher(config: Any, data: Data, name: str, shape: TransformerConfig, loss:
         return data_of.teacher_chunk(data, points, seed, number, size, **options_of_chunk)
 
     monitor = shared.monitor(name, data.words, shape, config.masked)
-    return Method(mg, start, chunk, fast, monitor, shared.panel(name, rewriting))
+    moves = optimizer(config.rate, config.warmup)
+    if config.largest_gradient:
+        most = config.largest_gradient * options["meta_weight"]
+        moves = left_out_above(moves, most)
+    return Method(mg, start, chunk, fast, monitor, moves, shared.panel(name, rewriting))
 
 
 def _baseline(config: Any) -> methods.Baseline:

@@ -23,7 +23,7 @@ from experiments import _two_moons_data as data_of
 from experiments._shared import refuse_unresumed, write_rows
 from experiments._teacher_shared import mlm_scores
 from experiments._two_moons_data import Data
-from experiments._two_moons_methods import Method, network, optimizer
+from experiments._two_moons_methods import Method, network
 from jmeta import methods
 from jmeta.core.types import Array, Info, PyTree
 from jmeta.runtime import checkpoint, distributed
@@ -131,7 +131,7 @@ def pretrain(config: Any, data: Data, name: str, method: Method, folder: Path) -
         kept, numbers = look(kept._replace(states=states))
         spent = before + time.monotonic() - begun
         row = {"step": (at + 1) * config.chunk, "samples": (at + 1) * samples, "seconds": spent}
-        row |= _plain(seeds, _numbers(info) | numbers)
+        row |= _plain(seeds, _numbers(config, info) | numbers)
         history.append(row)
         write_rows(folder / "metrics.jsonl", history)
         if method.panel is not None:
@@ -211,7 +211,7 @@ def _together(trees: list[Any], axis: int) -> Any:
 
 
 def _begin(config: Any, method: Method) -> Kept:
-    trainer = jmeta.meta_trainer(method.mg, optimizer(config.rate, config.warmup))
+    trainer = jmeta.meta_trainer(method.mg, method.optimizer)
 
     def one(key: Array) -> Kept:
         start, run = jax.random.split(key)
@@ -240,7 +240,7 @@ def _programs(
     config: Any, data: Data, method: Method
 ) -> tuple[Callable[..., Any], Callable[[Kept], Any]]:
     """One dispatch of training, and one look at the students and what teaches them."""
-    trainer = jmeta.meta_trainer(method.mg, optimizer(config.rate, config.warmup))
+    trainer = jmeta.meta_trainer(method.mg, method.optimizer)
     scores = mlm_scores(network(config, data), _TOGETHER)
     held_out = jax.tree.map(jnp.asarray, data.held_out)
     read = data_of.unlabelled(data.held_out, data.words)
@@ -262,12 +262,17 @@ def _programs(
     return jax.jit(run, donate_argnums=0), jax.jit(jax.vmap(one))
 
 
-def _numbers(info: Info) -> dict[str, Array]:
+def _numbers(config: Any, info: Info) -> dict[str, Array]:
     """A chunk's means for each seed, ``[seeds]``."""
-    return {
-        key: jnp.mean(value, axis=0)
-        for key, value in {"loss": info.loss, **info.diagnostics}.items()
-    }
+    values = {"loss": info.loss, **info.diagnostics}
+    means = {key: jnp.mean(value, axis=0) for key, value in values.items()}
+    if config.largest_gradient and "meta_norm" in values:
+        kept = values["meta_norm"] < config.largest_gradient
+        means["left_out"] = jnp.mean(~kept, axis=0)
+        # Of the steps that moved the teacher: what was left out may be no number.
+        sums = jnp.sum(jnp.where(kept, values["meta_norm"], 0.0), axis=0)
+        means["meta_norm"] = sums / jnp.maximum(kept.sum(axis=0), 1)
+    return means
 
 
 def _plain(seeds: list[int], numbers: dict[str, Array]) -> dict[str, Any]:

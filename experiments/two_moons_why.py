@@ -102,6 +102,11 @@ VARIANTS: dict[str, Variant] = {
         "mask-budget", {**FORTY, "soft_gradient": "first_order"}, BUDGET,
         "the same without the Hessians of the steps on labelled points",
     ),
+    "forty labels kept small": Variant(
+        "mask-budget", {**FORTY, "largest_gradient": 10.0}, BUDGET,
+        "the same as forty labels, but its teacher does not move where its meta-gradient has a "
+        "norm above ten, as it has at students that know little",
+    ),
     REPLACEMENTS: Variant(REPLACEMENTS, {}),
     "replacements led": Variant(
         REPLACEMENTS, {"input_weight": 100.0}, REPLACEMENTS,
@@ -115,7 +120,7 @@ VARIANTS: dict[str, Variant] = {
 }  # fmt: skip
 # What the last evaluation of pre-training says of student and teacher.
 MONITORS = ("mlm_accuracy", "labels_entropy", "inputs_entropy", "inputs_copied", "cosine",
-            "mask_rate", "masked_entropy")  # fmt: skip
+            "mask_rate", "masked_entropy", "left_out")  # fmt: skip
 
 
 def folder_of(config: Any, name: str) -> Path:

@@ -57,6 +57,8 @@ def run(tmp_path_factory):
         ({"chunk": 0}, "chunk=0: choose more than 0"),
         ({"finetune_rates": ()}, r"finetune_rates=\(\): choose more than 0"),
         ({"among_classes": True}, "is a task of soft: set mlm_task to nothing"),
+        ({"largest_gradient": 1.0}, "0 with other teachers than mask-only and mask-budget"),
+        ({"largest_gradient": -1.0, "methods": ("mask-only",)}, "0 or more"),
         ({"support_steps": -1}, "support_steps=-1: 0 or more"),
         ({"labelled_batch": 6}, "labelled_batch=6: at most half of the 10 labelled points"),
         ({"masked": 1.0}, "masked=1.0: a share between 0 and 1"),

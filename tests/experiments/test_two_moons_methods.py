@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from experiments import _teacher_shared as shared
@@ -132,6 +133,30 @@ def test_both_heads_of_a_teacher_are_watched_whatever_it_writes(data):
         scores = np.delete(np.asarray(written[head], np.float64), data.words.pad, -1)
         p = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
         np.testing.assert_allclose(found[f"{head}_entropy"], -(p * np.log(p)).sum(-1).mean(), 1e-5)
+
+
+def test_a_teacher_does_not_move_where_its_gradient_is_too_large_or_none(data):
+    config = dataclasses.replace(
+        two_moons.PRESETS["smoke"], methods=("mask-budget",), largest_gradient=0.02
+    )
+    moves = methods_of.build(config, data, "mask-budget").optimizer  # 100 * 0.02 at most
+    plain = methods_of.optimizer(config.rate, config.warmup)
+    params, small = jnp.ones(3), jnp.asarray([1.0, -1.0, 0.5])
+
+    def run(optimizer, gradients):
+        state, at = optimizer.init(params), params
+        for gradient in gradients:
+            updates, state = optimizer.update(gradient, state, at)
+            at = optax.apply_updates(at, updates)
+        return np.asarray(at)
+
+    large, none = jnp.asarray([2.0, 0.1, 0.0]), jnp.asarray([jnp.nan, 0.0, 0.0])
+    over = jnp.asarray([3e30, 0.0, 0.0])  # its square is no float32
+    expected = run(plain, [small, small])  # as if there had been no others, warm-up included
+    assert (expected != 1).all()
+    with jax.numpy_dtype_promotion("standard"):  # optax counts steps with floats
+        found = run(moves, [small, large, none, over, small])
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_settings_reach_the_estimator(data, monkeypatch):
