@@ -24,12 +24,12 @@ from jmeta.tasks.tokenizer import Unified
 
 Batch: TypeAlias = dict[str, Any]
 
-MLM, DENOISING, RANDOM, HIDDEN = "mlm", "denoising", "random tokens", "random masks"
+MLM, DENOISING, RANDOM, RANDOM_MASKS = "mlm", "denoising", "random tokens", "random masks"
 CORRUPTIONS: dict[str, Objective] = {  # without a teacher
     MLM: corruption.masked_lm,
     DENOISING: corruption.denoising,
     RANDOM: functools.partial(corruption.masked_lm, keep=0, random=1),
-    HIDDEN: functools.partial(corruption.masked_lm, keep=0, random=0),
+    RANDOM_MASKS: functools.partial(corruption.masked_lm, keep=0, random=0),
 }
 MASKS = ("mask-only", "mask-budget")  # what chooses where to mask, the first also how much
 REPLACEMENTS = "replacements"  # what writes other tokens for some, which alone are asked for

@@ -29,11 +29,13 @@ OVERFLOW = 38.5  # log10 of what float32 cannot hold
 def log_norm(gradient: PyTree) -> tuple[Array, Array]:
     """The decimal logarithm of a gradient's norm, whose square may overflow, and its direction."""
     flat, _ = ravel_pytree(gradient)
-    top = jnp.abs(flat).max()
+    tiny = jnp.finfo(flat.dtype).tiny
+    top = jnp.maximum(jnp.abs(flat).max(), tiny)  # of zero, the logarithm is that of tiny
     held = jnp.isfinite(top)
-    part = jnp.where(held, flat / jnp.maximum(top, jnp.finfo(flat.dtype).tiny), 0.0)
-    norm = jnp.maximum(jnp.linalg.norm(part), jnp.finfo(flat.dtype).tiny)
-    return jnp.where(held, jnp.log10(top) + jnp.log10(norm), OVERFLOW), part / norm
+    part = jnp.where(held, flat / top, 0.0)
+    norm = jnp.maximum(jnp.linalg.norm(part), tiny)
+    size = jnp.log10(top) + jnp.maximum(jnp.log10(norm), 0.0)  # the norm is 1 or more
+    return jnp.where(held, size, OVERFLOW), part / norm
 
 
 def slopes(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import jmeta
@@ -68,12 +69,35 @@ def optimizer(rate: Any, warmup: int) -> optax.GradientTransformation:
     return optax.flatten(shared.adamw(rate, warmup))
 
 
-def left_out_above(
-    inner: optax.GradientTransformation, norm: float
-) -> optax.GradientTransformation:
-    """Leaves the steps out whose gradient has a larger norm, or none: its moments stay, too."""
-    large = functools.partial(optax.skip_large_updates, max_squared_norm=norm**2)
-    return optax.MultiSteps(inner, 1, should_skip_update_fn=large).gradient_transformation()
+class Skipping(NamedTuple):
+    """The state of ``skipping``: the inner optimizer's, and how many steps were left out."""
+
+    inner: PyTree
+    skipped: Array
+
+
+def skipping(inner: optax.GradientTransformation, largest: float) -> optax.GradientTransformation:
+    """Leaves the steps out whose gradient has a norm of ``largest`` or more, or is not a number.
+
+    Nothing of the inner optimizer's state moves in them. ``optax.MultiSteps`` does the same, but
+    not under strict promotion of dtypes.
+    """
+
+    def init(params: PyTree) -> Skipping:
+        return Skipping(inner.init(params), jnp.zeros((), jnp.int32))
+
+    def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Skipping]:
+        small = optax.tree.norm(updates) < largest  # false for what is not a number
+
+        def pick(new: PyTree, old: PyTree) -> PyTree:
+            return jax.tree.map(lambda a, b: jnp.where(small, a, b), new, old)
+
+        nothing = optax.tree.zeros_like(updates)
+        moved, after = inner.update(pick(updates, nothing), state.inner, params)
+        skipped = state.skipped + jnp.where(small, 0, 1)
+        return pick(moved, nothing), Skipping(pick(after, state.inner), skipped)
+
+    return optax.GradientTransformation(init, update)
 
 
 def build(config: Any, data: Data, name: str) -> Method:
@@ -156,8 +180,7 @@ def _teacher(config: Any, data: Data, name: str, shape: TransformerConfig, loss:
     monitor = shared.monitor(name, data.words, shape, config.masked)
     moves = optimizer(config.rate, config.warmup)
     if config.largest_gradient:
-        most = config.largest_gradient * options["meta_weight"]
-        moves = left_out_above(moves, most)
+        moves = skipping(moves, config.largest_gradient * options["meta_weight"])
     return Method(mg, start, chunk, fast, monitor, moves, shared.panel(name, rewriting))
 
 

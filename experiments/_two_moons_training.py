@@ -23,7 +23,7 @@ from experiments import _two_moons_data as data_of
 from experiments._shared import refuse_unresumed, write_rows
 from experiments._teacher_shared import mlm_scores
 from experiments._two_moons_data import Data
-from experiments._two_moons_methods import Method, network
+from experiments._two_moons_methods import Method, Skipping, network
 from jmeta import methods
 from jmeta.core.types import Array, Info, PyTree
 from jmeta.runtime import checkpoint, distributed
@@ -257,22 +257,24 @@ def _programs(
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), student, kept.best)
         numbers = {f"mlm_{key}": value for key, value in mlm.items()}
         numbers |= method.monitor(state.meta, read)
+        if isinstance(state.opt_state, Skipping):
+            numbers["skipped"] = state.opt_state.skipped / state.step  # of all steps so far
         return Kept(state, best, jnp.where(better, mlm["loss"], kept.best_loss)), numbers
 
     return jax.jit(run, donate_argnums=0), jax.jit(jax.vmap(one))
 
 
 def _numbers(config: Any, info: Info) -> dict[str, Array]:
-    """A chunk's means for each seed, ``[seeds]``."""
+    """A chunk's means for each seed, ``[seeds]``.
+
+    Where a teacher skips what is too large, a norm counts as the largest at most: others may be no
+    number.
+    """
     values = {"loss": info.loss, **info.diagnostics}
-    means = {key: jnp.mean(value, axis=0) for key, value in values.items()}
     if config.largest_gradient and "meta_norm" in values:
-        kept = values["meta_norm"] < config.largest_gradient
-        means["left_out"] = jnp.mean(~kept, axis=0)
-        # Of the steps that moved the teacher: what was left out may be no number.
-        sums = jnp.sum(jnp.where(kept, values["meta_norm"], 0.0), axis=0)
-        means["meta_norm"] = sums / jnp.maximum(kept.sum(axis=0), 1)
-    return means
+        norm, most = values["meta_norm"], config.largest_gradient
+        values["meta_norm"] = jnp.where(norm < most, norm, most)
+    return {key: jnp.mean(value, axis=0) for key, value in values.items()}
 
 
 def _plain(seeds: list[int], numbers: dict[str, Array]) -> dict[str, Any]:
@@ -291,7 +293,8 @@ def mean_of(row: dict[str, Any], key: str, seeds: list[int]) -> float:
 
 def _line(name: str, row: dict[str, Any], seeds: list[int]) -> str:
     wanted = ("loss", "mlm_loss", "mlm_accuracy", "meta_norm", "auxiliary_norm", "cosine",
-              "inputs_entropy", "labels_entropy", "inputs_copied", "mask_rate")  # fmt: skip
+              "inputs_entropy", "labels_entropy", "inputs_copied", "mask_rate",
+              "skipped")  # fmt: skip
     said = [
         f"{key} {mean_of(row, key, seeds):.4g}" for key in wanted if f"{key}_seed{seeds[0]}" in row
     ]

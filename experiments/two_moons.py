@@ -116,8 +116,9 @@ class Config(configuration.RunConfig):
     baseline: Literal["leave_one_out", "moving_average", "none"] = "leave_one_out"
     """What is subtracted from the worth."""
     largest_gradient: float = 0.0
-    """Teachers of masks do not move where the norm of their meta-gradient is above this, or none:
-    through many support steps it explodes at students that know little. 0: they always move."""
+    """Teachers of masks do not move where the norm of their meta-gradient is this or more, or not
+    a number: through many support steps it explodes where students know little. 0: they always
+    move."""
     restart_every: int = 0
     """Outer steps of a student's life beside a teacher; 0: one student for ever."""
     population: int = 1
@@ -174,10 +175,11 @@ class Config(configuration.RunConfig):
         if self.masked != shared.MASKED and elsewhere:
             raise ValueError(f"masked is a share that {', '.join(elsewhere)} does not read")
         others = [name for name in self.methods if name not in (*CORRUPTIONS, *shared.MASKS)]
-        if self.largest_gradient < 0 or (self.largest_gradient and others):
+        masks = set(self.methods) & set(shared.MASKS)
+        if not self.largest_gradient >= 0 or (self.largest_gradient and (others or not masks)):
             raise ValueError(
-                f"largest_gradient={self.largest_gradient}: 0 or more, and 0 with other teachers "
-                f"than {' and '.join(shared.MASKS)}"
+                f"largest_gradient={self.largest_gradient}: 0 or more, and 0 without a teacher of "
+                f"masks or with others than {' and '.join(shared.MASKS)}"
             )
         if self.support_steps < 0:
             raise ValueError(f"support_steps={self.support_steps}: 0 or more")

@@ -16,7 +16,14 @@ from experiments import _two_moons_data as data_of
 from experiments import _two_moons_report as page
 from experiments import two_moons
 from experiments._shared import command_line, record, write_metrics
-from experiments._teacher_shared import DENOISING, HIDDEN, MLM, RANDOM, REPLACEMENTS, named
+from experiments._teacher_shared import (
+    DENOISING,
+    MLM,
+    RANDOM,
+    RANDOM_MASKS,
+    REPLACEMENTS,
+    named,
+)
 from jmeta.runtime import config as configuration
 from jmeta.runtime import distributed, figures, report
 from jmeta.runtime.statistics import summarise
@@ -84,9 +91,9 @@ VARIANTS: dict[str, Variant] = {
     "input-only soft": Variant("input-only soft", {}),
     "mask-only": Variant("mask-only", {}, BUDGET, "its teacher chooses how many to mask, too"),
     BUDGET: Variant("mask-budget", {}),
-    HIDDEN: Variant(
-        HIDDEN, {}, BUDGET, "no teacher, MLM with [MASK] wherever it has a random token or leaves "
-        "a token as it is: about what a teacher of masks begins with",
+    RANDOM_MASKS: Variant(
+        RANDOM_MASKS, {}, BUDGET, "no teacher, MLM with [MASK] wherever it has a random token or "
+        "leaves a token as it is: about what a teacher of masks begins with",
     ),
     "among classes": Variant("mask-budget", {"among_classes": True}, BUDGET),
     "ten support steps": Variant("mask-budget", {"support_steps": 10}, BUDGET),
@@ -120,7 +127,7 @@ VARIANTS: dict[str, Variant] = {
 }  # fmt: skip
 # What the last evaluation of pre-training says of student and teacher.
 MONITORS = ("mlm_accuracy", "labels_entropy", "inputs_entropy", "inputs_copied", "cosine",
-            "mask_rate", "masked_entropy", "left_out")  # fmt: skip
+            "mask_rate", "masked_entropy", "skipped")  # fmt: skip
 
 
 def folder_of(config: Any, name: str) -> Path:

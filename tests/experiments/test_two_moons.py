@@ -57,8 +57,10 @@ def run(tmp_path_factory):
         ({"chunk": 0}, "chunk=0: choose more than 0"),
         ({"finetune_rates": ()}, r"finetune_rates=\(\): choose more than 0"),
         ({"among_classes": True}, "is a task of soft: set mlm_task to nothing"),
-        ({"largest_gradient": 1.0}, "0 with other teachers than mask-only and mask-budget"),
+        ({"largest_gradient": 1.0}, "0 without a teacher of masks or with others"),
         ({"largest_gradient": -1.0, "methods": ("mask-only",)}, "0 or more"),
+        ({"largest_gradient": float("nan"), "methods": ("mask-only",)}, "0 or more"),
+        ({"largest_gradient": 1.0, "methods": ("mlm",)}, "0 without a teacher of masks"),
         ({"support_steps": -1}, "support_steps=-1: 0 or more"),
         ({"labelled_batch": 6}, "labelled_batch=6: at most half of the 10 labelled points"),
         ({"masked": 1.0}, "masked=1.0: a share between 0 and 1"),
@@ -379,6 +381,9 @@ def test_every_method_runs_and_seeds_are_what_each_is_alone(tmp_path):
         ("input-only soft", {"restart_every": 1}),
         ("input-only soft", {"population": 2}),
         ("mask-only", {"mlm_task": ("mask-only",)}),
+        ("mask-only", {"masked": 0.5}),
+        ("mask-only", {"largest_gradient": 1e-3}),
+        ("replacements", {"masked": 0.5}),
         ("input-only hard", {"coefficient": "cosine"}),
         ("input-only hard", {"weighting": "mean"}),
         ("input-only hard", {"baseline": "none"}),
@@ -395,6 +400,20 @@ def test_every_option_of_a_teacher_changes_what_it_learns(data, tmp_path, name, 
     other = meta(dataclasses.replace(smoke, **changed), "other")
     pairs = zip(jax.tree.leaves(default), jax.tree.leaves(other), strict=True)
     assert max(float(abs(a - b).max()) for a, b in pairs) > 1e-6
+
+
+def test_a_teacher_that_is_never_small_stays_where_it_began_and_that_is_said(data, tmp_path):
+    smoke = dataclasses.replace(
+        two_moons.PRESETS["smoke"], methods=("mask-budget",), largest_gradient=1e-9
+    )
+    method = methods_of.build(smoke, data, "mask-budget")
+    found = training.pretrain(smoke, data, "mask-budget", method, tmp_path / "never")
+    began = training._begin(smoke, method).states.meta
+    jax.tree.map(np.testing.assert_array_equal, found.meta, began)
+    row = found.history[-1]
+    assert [row["skipped_seed0"], row["skipped_seed1"]] == [1.0, 1.0]
+    assert row["meta_norm_seed0"] == pytest.approx(1e-9)  # the most that is counted
+    assert row["loss_seed0"] > 0
 
 
 def test_a_collapse_is_told_of_each_seed_by_its_last_evaluation():
