@@ -23,6 +23,7 @@ TRIVIAL = "most frequent class"
 STEP, CPU = "seconds of a student's step", "pre-training CPU seconds"
 _SHARES = ("inputs_copied", "inputs_masked", "labels_label_tokens", "mask_rate")
 _ENTROPIES = ("inputs_entropy", "labels_entropy", "masked_entropy")
+_LIMITS = {"probability": (0.0, 1.0), "cosine": (-1.0, 1.0), "entropy, nats": (0.0, np.inf)}
 
 Row = dict[str, Any]
 Found = dict[str, dict[str, Any]]
@@ -176,6 +177,7 @@ def draw(config: Any, found: Found, summary: Sequence[Row]) -> list[Figure]:
             path = figures.learning_curves(
                 config.out / stem, curves, xlabel="outer step" if part == "history" else
                 "step of the student", ylabel=label,
+                limits=_LIMITS.get(label, (-np.inf, np.inf)),
             )  # fmt: skip
             made.append((caption, path))
     measured = {STEP: "wall time of a student's step", CPU: "CPU time in all"}
@@ -203,6 +205,8 @@ def draw_scores(path: Path, rows: Sequence[Row]) -> tuple[Path, Path]:
             )  # fmt: skip
         axes.set_yticks(range(len(tasks)), tasks)
         axes.set_ylim(len(tasks) - 0.4, -0.6)
+        low, high = axes.get_xlim()
+        axes.set_xlim(max(low, -2), min(high, 102))  # an interval of few seeds is cut
         axes.set_xlabel("score, per cent")
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
         return drawing.save(figure, path)

@@ -138,7 +138,7 @@ def draw(
                 figures.learning_curves(
                     config.out / "mlm",
                     {name: against_samples(history, names) for name, history in trained.items()},
-                    xlabel="sequences seen", ylabel="MLM accuracy",
+                    xlabel="sequences seen", ylabel="MLM accuracy", limits=(0.0, 1.0),
                 ),
             )
         )  # fmt: skip

@@ -29,6 +29,7 @@ def learning_curves(
     ylabel: str = "outer loss",
     title: str | None = None,
     log_y: bool = False,
+    limits: tuple[float, float] = (-np.inf, np.inf),
 ) -> tuple[Path, Path]:
     """Draw one line with its interval band per method over meta-training.
 
@@ -39,6 +40,7 @@ def learning_curves(
       ylabel: Label of the vertical axis, with its unit.
       title: Title, if any.
       log_y: Logarithmic vertical axis.
+      limits: What the metric cannot leave; an interval of few seeds is cut there.
 
     Returns:
       The paths of the PNG and the SVG.
@@ -51,6 +53,7 @@ def learning_curves(
         _draw(axes, curves, markers=False)
         if log_y:
             axes.set_yscale("log")
+        _cut(axes, limits)
         return _finish(figure, axes, path, xlabel, ylabel, title)
 
 
@@ -92,8 +95,7 @@ def adaptation_curves(
             axes.set_xticks(steps)
         if chance is not None:
             _level(axes, chance, "chance", color="#8a8a8a", linestyle=(0, (4, 3)), linewidth=1.2)
-        low, high = axes.get_ylim()
-        axes.set_ylim(max(low, limits[0]), min(high, limits[1]))
+        _cut(axes, limits)
         return _finish(figure, axes, path, xlabel, ylabel, title)
 
 
@@ -231,6 +233,11 @@ def _draw(axes: "Axes", curves: Mapping[str, Curve], markers: bool) -> None:
 
 def _level(axes: "Axes", value: float, label: str, **look: Any) -> None:
     axes.axhline(value, label=label, **look)
+
+
+def _cut(axes: "Axes", limits: tuple[float, float]) -> None:
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, limits[0]), min(high, limits[1]))
 
 
 def _finish(

@@ -193,11 +193,12 @@ def test_adaptation_curves_label_every_line_without_overlap(tmp_path):
     assert sum("FillBetween" in band.get("id", "") for band in bands) == 5
 
 
-def test_an_interval_is_cut_where_the_metric_ends(tmp_path):
+@pytest.mark.parametrize("draw", [figures.adaptation_curves, figures.learning_curves])
+def test_an_interval_is_cut_where_the_metric_ends(tmp_path, draw):
     wide = {"three seeds": ([10, 160], [0.5, 0.9], [1.7, 0.4])}
 
     def ticks(name, **limits):
-        _, svg = figures.adaptation_curves(tmp_path / name, wide, "accuracy", **limits)
+        _, svg = draw(tmp_path / name, wide, ylabel="accuracy", **limits)
         words = [word.replace("\N{MINUS SIGN}", "-") for word, _, _ in texts(svg)]
         return [float(word) for word in words if "." in word]
 
