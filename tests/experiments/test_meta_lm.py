@@ -352,7 +352,7 @@ def test_both_heads_of_a_teacher_are_watched_whatever_it_writes(config, data):
 
 
 def test_without_a_teacher_the_same_texts_are_corrupted_as_each_name_says(config, data):
-    mlm, denoising, random = (
+    mlm, denoising, random, masks = (
         methods_of.build(config, data, name).sample(3, 1).query for name in shared.CORRUPTIONS
     )
     hidden = mlm["weights"] == 1
@@ -365,6 +365,9 @@ def test_without_a_teacher_the_same_texts_are_corrupted_as_each_name_says(config
     assert not (random["tokens"] == data.words.mask).any()
     np.testing.assert_array_equal(random["tokens"][~hidden], original[~hidden])
     np.testing.assert_array_equal(random["labels"][hidden], original[hidden])
+    np.testing.assert_array_equal(masks["tokens"] == data.words.mask, hidden)
+    np.testing.assert_array_equal(masks["tokens"][~hidden], original[~hidden])
+    np.testing.assert_array_equal(masks["labels"][hidden], original[hidden])
 
 
 @pytest.mark.slow
