@@ -112,7 +112,7 @@ VARIANTS: dict[str, Variant] = {
     "forty labels kept small": Variant(
         "mask-budget", {**FORTY, "largest_gradient": 10.0}, BUDGET,
         "the same as forty labels, but its teacher does not move where its meta-gradient has a "
-        "norm above ten, as it has at students that know little",
+        "norm of ten or more, as at students that know little",
     ),
     REPLACEMENTS: Variant(REPLACEMENTS, {}),
     "replacements led": Variant(
