@@ -45,7 +45,7 @@ def test_a_variant_differs_from_the_published_setting_in_what_it_says_alone(tmp_
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"variants": ("soap",)}, "variants soap: choose of mlm, .*, denoising, random tokens, soft"),
+        ({"variants": ("soap",)}, "soap: choose of mlm, .*, denoising, random tokens, soft"),
         ({"variants": ("",)}, "no variants: choose of mlm, .*, denoising, random tokens"),
         ({"samples": 1000}, "variant 'mlm': samples=1000 is no multiple"),
         ({"label_counts": (1,)}, "cannot hold one of each moon"),
