@@ -5,6 +5,7 @@ Two Moons trains seeds side by side and SuperGLUE one after the other; these pie
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -36,7 +37,15 @@ REPLACEMENTS = "replacements"  # what writes other tokens for some, which alone 
 DRAWN = (*MASKS, REPLACEMENTS)  # what is differentiated as soft, and drawn
 SOFT = ("soft", "input-only soft", *DRAWN)
 HARD = ("hard", "input-only hard")
+TEACHERS = (*SOFT, *HARD)
 MASKED = 0.15  # the share of positions that MLM masks, and that DRAWN teachers begin with or keep
+# Who reads a setting that some methods do not.
+READERS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("inner_steps", "inner_rate", "support_steps"), TEACHERS),
+    "soft_weight": ("soft", *MASKS),
+    "input_weight": ("input-only soft", REPLACEMENTS),
+    "hard_weight": HARD,
+}
 
 
 def named(setting: str, asked: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
@@ -50,6 +59,26 @@ def named(setting: str, asked: Sequence[str], known: Sequence[str]) -> tuple[str
     if unknown:
         raise ValueError(f"{setting} {', '.join(unknown)}: choose of {', '.join(known)}")
     return tuple(name for name in known if name in each)
+
+
+def refuse_unread(config: Any, readers: dict[str, tuple[str, ...]]) -> None:
+    """Refuse a setting that was changed and that no method of this call reads.
+
+    Args:
+        config: the experiment's configuration.
+        readers: the methods that read a setting, by its name.
+
+    Raises:
+        ValueError: there is one; the message says who would read it.
+    """
+    usual = {field.name: field.default for field in dataclasses.fields(config)}
+    for name, methods_of in readers.items():
+        if getattr(config, name) != usual[name] and not set(methods_of) & set(config.methods):
+            raise ValueError(
+                f"{name}={getattr(config, name)}: none of the methods {', '.join(config.methods)} "
+                f"reads it: leave it out, or name one that does ({', '.join(methods_of)}) beside "
+                "them"
+            )
 
 
 def read_by(name: str) -> tuple[str, ...]:

@@ -88,7 +88,8 @@ def pretrain(config: Any, data: Data, name: str, method: Method, folder: Path) -
     Raises:
         Diverged: a loss or a parameter is not finite.
     """
-    seeds, chunks = config.seed_list, config.outer_steps // config.chunk
+    seeds, samples = config.seed_list, config.chunk * config.sequences_of(name)
+    chunks = config.samples // samples
     every = chunks // config.evaluations
     run, look = _programs(config, data, method)
     show = panels_of(config, data, method)
@@ -103,8 +104,7 @@ def pretrain(config: Any, data: Data, name: str, method: Method, folder: Path) -
         history, before = found.extra["history"], found.extra["seconds"]
         panels = found.extra.get("panels", [])  # older checkpoints have none
     begun = time.monotonic()
-    samples = config.chunk * config.micro_batches * config.batch * config.inner_steps
-    print(f"{name}: {config.outer_steps} outer steps", file=sys.stderr, flush=True)
+    print(f"{name}: {chunks * config.chunk} outer steps", file=sys.stderr, flush=True)
 
     parts = _apart(kept.states, config.devices)
     for at in range(done, chunks):

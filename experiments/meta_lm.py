@@ -20,6 +20,7 @@ from experiments import _meta_lm_data as data_of
 from experiments import _meta_lm_methods as methods_of
 from experiments import _meta_lm_report as page
 from experiments import _meta_lm_training as training
+from experiments import _teacher_shared as shared
 from experiments._meta_lm_data import EMBEDDED, SUPERGLUE, Data
 from experiments._meta_lm_methods import METHODS, NONE, Method
 from experiments._shared import command_line, record, require_positive
@@ -140,8 +141,9 @@ class Config(configuration.RunConfig):
         require_positive(
             self, "batch", "micro_batches", "tasks_per_batch", "samples_per_task", "inner_steps",
             "finetune_epochs", "finetune_steps", "finetune_batch", "evaluations",
-            "validation_windows", "held_out_texts",
+            "validation_windows", "held_out_texts", "rate", "warmup", "inner_rate",
         )  # fmt: skip
+        shared.refuse_unread(self, shared.READERS)
         if self.support_steps < 0:
             raise ValueError(f"support_steps={self.support_steps}: 0 or more")
         if self.steps < self.inner_steps or self.steps % self.inner_steps:

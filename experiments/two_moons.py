@@ -23,7 +23,7 @@ from experiments import _two_moons_data as data_of
 from experiments import _two_moons_methods as methods_of
 from experiments import _two_moons_report as page
 from experiments._shared import command_line, record, require_positive
-from experiments._teacher_shared import CORRUPTIONS, DRAWN, HARD, MLM, named
+from experiments._teacher_shared import CORRUPTIONS, DRAWN, HARD, MLM, SOFT, TEACHERS, named
 from experiments._two_moons_methods import METHODS, NONE
 from experiments._two_moons_training import Diverged, Pretrained, pretrain
 from experiments._two_moons_tuning import Tuned, fine_tune, fine_tuner, luckiest
@@ -33,6 +33,17 @@ from jmeta.runtime import config as configuration
 from jmeta.runtime import distributed
 
 _DEVICES = "xla_force_host_platform_device_count"
+
+# Who reads a setting that some methods do not.
+READERS = {
+    **shared.READERS,
+    **dict.fromkeys(
+        ("teacher_labels", "labelled_batch", "among_classes", "restart_every", "population"),
+        TEACHERS,
+    ),
+    "soft_gradient": SOFT,
+    **dict.fromkeys(("coefficient", "weighting", "baseline"), HARD),
+}
 
 Tuner: TypeAlias = Callable[[Sequence[Any]], tuple[dict[int, Tuned], float]]
 
@@ -148,8 +159,10 @@ class Config(configuration.RunConfig):
             raise ValueError(f"label_counts {self.label_counts}: different numbers, at least one")
         require_positive(
             self, "batch", "micro_batches", "inner_steps", "chunk", "population",
-            "finetune_steps", "finetune_batch", "finetune_rates",
+            "finetune_steps", "finetune_batch", "finetune_rates", "rate", "warmup", "inner_rate",
         )  # fmt: skip
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}: 0 or more, and below 1")
         per_dispatch = self.batch * self.micro_batches * self.inner_steps * self.chunk
         if self.samples < per_dispatch or self.samples % per_dispatch:
             raise ValueError(
@@ -169,6 +182,7 @@ class Config(configuration.RunConfig):
                 "among_classes scores points among the labels of their task, but MLM, which has "
                 f"none, is a task of {', '.join(self.mlm_task)}: set mlm_task to nothing"
             )
+        shared.refuse_unread(self, READERS)
         if not 0 < self.masked < 1:
             raise ValueError(f"masked={self.masked}: a share between 0 and 1")
         elsewhere = [name for name in self.methods if name not in (*CORRUPTIONS, *DRAWN)]
@@ -200,10 +214,9 @@ class Config(configuration.RunConfig):
         if min(self.restart_every, self.devices) < 0:
             raise ValueError("restart_every and devices are 0 or more")
 
-    @property
-    def outer_steps(self) -> int:
-        """Outer steps of a method."""
-        return self.samples // (self.batch * self.micro_batches * self.inner_steps)
+    def sequences_of(self, name: str) -> int:
+        """Sequences that a method reads in an outer step: one without a teacher unrolls nothing."""
+        return self.batch * self.micro_batches * (1 if name in CORRUPTIONS else self.inner_steps)
 
 
 PRESETS = {

@@ -89,6 +89,19 @@ VARIANTS: dict[str, Variant] = {
         HARD, "four settings differ",
     ),
     "input-only soft": Variant("input-only soft", {}),
+    "input-only soft led": Variant(
+        "input-only soft", {"input_weight": 100.0},
+        remark="its meta-gradient weighs a hundred times as much as that of input-only soft",
+    ),
+    "input-only soft as soft": Variant(
+        "input-only soft", {"input_weight": 100.0, "mlm_task": ("input-only soft",)},
+        remark="the soft teacher's settings: a weight of a hundred, and MLM as one of the tasks",
+    ),
+    "input-only hard": Variant("input-only hard", {}),
+    "input-only hard not led": Variant(
+        "input-only hard", {"hard_weight": 1.0},
+        remark="its meta-gradient weighs a hundredth of that of input-only hard",
+    ),
     "mask-only": Variant("mask-only", {}, BUDGET, "its teacher chooses how many to mask, too"),
     BUDGET: Variant("mask-budget", {}),
     RANDOM_MASKS: Variant(
@@ -126,7 +139,8 @@ VARIANTS: dict[str, Variant] = {
     ),
 }  # fmt: skip
 # What the last evaluation of pre-training says of student and teacher.
-MONITORS = ("mlm_accuracy", "labels_entropy", "inputs_entropy", "inputs_copied", "cosine",
+MONITORS = ("mlm_accuracy", "labels_entropy", "inputs_entropy", "inputs_copied",
+            "inputs_variety", "meta_norm", "auxiliary_norm", "cosine",
             "mask_rate", "masked_entropy", "skipped")  # fmt: skip
 
 

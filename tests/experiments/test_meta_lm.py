@@ -114,6 +114,10 @@ def values(out, metric):
         ({"steps": 5, "inner_steps": 2}, "steps=5 is no multiple of the 2 steps"),
         ({"steps": 4, "evaluations": 5}, "evaluations=5 is more than there are steps"),
         ({"mask_bug": True, "methods": ("mlm", "mask-only")}, "none of these methods has"),
+        ({"rate": 0.0}, "rate=0.0: choose more than 0"),
+        ({"inner_steps": 2, "methods": ("mlm",)}, "inner_steps=2: none of the methods mlm reads"),
+        ({"support_steps": 2, "methods": ("denoising",)}, "support_steps=2: none of the methods"),
+        ({"hard_weight": 1.0}, "one that does .hard, input-only hard. beside them"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(fields, said):
@@ -429,7 +433,7 @@ def test_weights_and_support_steps_reach_the_estimator(config, data, monkeypatch
         monkeypatch.setattr(methods_of.methods, name, keep)
     asked = dataclasses.replace(
         config, soft_weight=3.0, input_weight=5.0, hard_weight=7.0, inner_rate=0.25,
-        support_steps=4, inner_steps=2, steps=4,
+        support_steps=4, inner_steps=2, steps=4, methods=meta_lm.METHODS,
     )  # fmt: skip
     weights = {"soft": 3.0, "input-only soft": 5.0, "mask-only": 3.0, "mask-budget": 3.0,
                "hard": 7.0, "input-only hard": 7.0}  # fmt: skip

@@ -64,6 +64,27 @@ def run(tmp_path_factory):
         ({"support_steps": -1}, "support_steps=-1: 0 or more"),
         ({"labelled_batch": 6}, "labelled_batch=6: at most half of the 10 labelled points"),
         ({"masked": 1.0}, "masked=1.0: a share between 0 and 1"),
+        ({"rate": -0.1}, "rate=-0.1: choose more than 0"),
+        ({"dropout": 1.0}, "dropout=1.0: 0 or more, and below 1"),
+        *(
+            ({"methods": (method,), "mlm_task": (), name: value}, said)
+            for method, name, value, said in (
+                ("mlm", "inner_steps", 4, "the methods mlm reads it.* one that does .soft, "),
+                ("denoising", "support_steps", 10, "none of the methods denoising reads it"),
+                ("mlm", "inner_rate", 0.5, "inner_rate=0.5: none"),
+                ("mlm", "among_classes", True, "among_classes=True: none"),
+                ("mlm", "teacher_labels", 40, "teacher_labels=40: none"),
+                ("mlm", "restart_every", 10, "restart_every=10: none"),
+                ("mlm", "population", 2, "population=2: none"),
+                ("hard", "soft_gradient", "first_order", "soft_gradient=first_order: none"),
+                ("hard", "soft_weight", 1.0, "soft_weight=1.0: none"),
+                ("mask-only", "input_weight", 2.0, "one that does .input-only soft, replacements"),
+                ("soft", "hard_weight", 1.0, "one that does .hard, input-only hard"),
+                ("soft", "coefficient", "cosine", "coefficient=cosine: none"),
+                ("soft", "baseline", "none", "baseline=none: none"),
+                ("soft", "weighting", "mean", "weighting=mean: none"),
+            )
+        ),
         ({"masked": 0.3}, "a share that input-only soft, soft, hard, input-only hard does not"),
     ],
 )
@@ -72,13 +93,24 @@ def test_settings_that_cannot_be_are_refused(fields, said):
         two_moons.Config(**fields)
 
 
+def test_without_a_teacher_as_many_sequences_are_read_whatever_a_teacher_unrolls(data, tmp_path):
+    config = dataclasses.replace(
+        two_moons.PRESETS["smoke"], methods=("mlm", "soft"), inner_steps=2, evaluations=1
+    )
+    for name, steps in (("mlm", 8), ("soft", 4)):
+        method = methods_of.build(config, data, name)
+        history = training.pretrain(config, data, name, method, tmp_path / name).history
+        assert [(row["step"], row["samples"]) for row in history] == [(steps, config.samples)]
+
+
 def test_methods_come_with_commas_or_spaces_in_one_order():
     assert two_moons.Config(methods=("soft,mlm",)).methods == ("mlm", "soft")
     assert two_moons.Config(methods=("soft", "input-only hard")).methods == (
         "soft", "input-only hard",
     )  # fmt: skip
     paper = two_moons.PRESETS["paper"]
-    assert (paper.seeds, paper.outer_steps, paper.methods) == (5, 40_000, methods_of.METHODS)
+    assert (paper.seeds, paper.methods) == (5, methods_of.METHODS)
+    assert paper.samples // paper.sequences_of("soft") == 40_000
 
 
 def test_a_session_that_uses_jax_already_keeps_its_devices(monkeypatch, capsys):
@@ -387,6 +419,15 @@ def test_every_method_runs_and_seeds_are_what_each_is_alone(tmp_path):
         ("input-only hard", {"coefficient": "cosine"}),
         ("input-only hard", {"weighting": "mean"}),
         ("input-only hard", {"baseline": "none"}),
+        ("input-only hard", {"hard_weight": 1.0}),
+        ("soft", {"soft_weight": 1.0}),
+        ("input-only soft", {"input_weight": 50.0}),
+        ("mask-only", {"among_classes": True}),
+        ("mask-only", {"support_steps": 2}),
+        ("mask-only", {"inner_rate": 0.5}),
+        ("mask-only", {"teacher_labels": 4}),
+        ("mask-only", {"labelled_batch": 1}),
+        ("mask-only", {"fresh_labels": True}),
     ],
 )
 def test_every_option_of_a_teacher_changes_what_it_learns(data, tmp_path, name, changed):

@@ -167,12 +167,18 @@ def test_settings_reach_the_estimator(data, monkeypatch):
     for name in ("leave_one_out", "moving_average", "no_baseline"):
         monkeypatch.setattr(methods_of.methods, name, lambda *given, name=name: (name, *given))
 
-    def built(name, **changed):
-        config = dataclasses.replace(two_moons.PRESETS["smoke"], methods=(name,), **changed)
+    def built(name, among=None, **changed):
+        asked = among or (name,)
+        config = dataclasses.replace(two_moons.PRESETS["smoke"], methods=asked, **changed)
         methods_of.build(config, data, name)
         return made.pop()
 
-    weights = {"soft_weight": 3.0, "input_weight": 5.0, "hard_weight": 7.0}
+    weights = {
+        "among": methods_of.METHODS,
+        "soft_weight": 3.0,
+        "input_weight": 5.0,
+        "hard_weight": 7.0,
+    }
     for name, weight in (
         ("soft", 3.0), ("input-only soft", 5.0), ("mask-only", 3.0), ("mask-budget", 3.0),
         (shared.REPLACEMENTS, 5.0), ("hard", 7.0), ("input-only hard", 7.0),

@@ -14,12 +14,14 @@ SMOKE = ["--preset", "smoke"]
 def test_a_variant_differs_from_the_published_setting_in_what_it_says_alone(tmp_path):
     config = two_moons_why.Config(out=tmp_path, seeds=3)
     free = {"out", "seeds", "samples", "evaluations", "label_counts", "methods"}
-    assert two_moons_why.setting(config, "four inner steps").outer_steps == 4000
+    four = two_moons_why.setting(config, "four inner steps")
+    assert four.samples // four.sequences_of("soft") == 4000
     paper = two_moons.PRESETS["paper"]
     changed = {}
     for name in two_moons_why.VARIANTS:
         given = two_moons_why.setting(config, name)
-        assert (given.seeds, given.outer_steps, given.label_counts) == (3, 4000, (10,))
+        steps = given.samples // given.sequences_of(*given.methods)
+        assert (given.seeds, steps, given.label_counts) == (3, 4000, (10,))
         fields = [f.name for f in dataclasses.fields(given) if f.name not in free]
         changed[name] = (
             given.methods,
@@ -36,6 +38,11 @@ def test_a_variant_differs_from_the_published_setting_in_what_it_says_alone(tmp_
     judge = {"among_classes": True, "support_steps": 10}
     assert changed["replacements led"] == (("replacements",), led)
     assert changed["replacements both"] == (("replacements",), led | judge)
+    assert changed["input-only soft led"] == (("input-only soft",), led)
+    assert changed["input-only soft as soft"] == (
+        ("input-only soft",), led | {"mlm_task": ("input-only soft",)}
+    )  # fmt: skip
+    assert changed["input-only hard not led"] == (("input-only hard",), {"hard_weight": 1.0})
     assert changed["MLM 0.3"] == (("mlm",), {"masked": 0.3})
     assert changed["random masks"] == (("random masks",), {})
     folders = {two_moons_why.setting(config, name).out for name in two_moons_why.VARIANTS}

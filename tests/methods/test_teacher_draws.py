@@ -160,6 +160,21 @@ def test_the_gradient_of_a_log_probability_scatters_nothing():
     np.testing.assert_allclose(slope, np.tile(one, (2, 3, 1)))
 
 
+def test_log_probabilities_of_texts_of_other_lengths_by_hand(x64):
+    rng = np.random.default_rng(4)
+    scores = {"inputs": rng.standard_normal((3, 4, 5)), "labels": rng.standard_normal((3, 4, 2))}
+    drawn = {name: rng.integers(each.shape[-1], size=(3, 4)) for name, each in scores.items()}
+    counts = np.array([[1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0]], float)
+    totals = np.zeros(3)
+    for name, each in scores.items():
+        for i, t in np.ndindex(3, 4):
+            likely = np.exp(each[i, t]) / np.exp(each[i, t]).sum()
+            totals[i] += counts[i, t] * np.log(likely[drawn[name][i, t]])
+    for weighting, expected in (("sum", totals), ("mean", totals / [8, 4, 1])):
+        found = log_probability(scores, drawn, jnp.asarray(counts), weighting)
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
 def test_real_draws_have_the_enumerated_gradient_as_their_mean():
     """Both heads, two micro-batches and the mean of the other one as the baseline."""
     data, meta = episodes(examples=1), teacher_params(0.5)

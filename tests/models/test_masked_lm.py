@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from random_params import quick_jit, random_params
 
-from jmeta.models import attention, heads, losses, masked_lm, soft_tokens, teacher_lm
+from jmeta.models import heads, losses, masked_lm, soft_tokens, teacher_lm
 from jmeta.testing import relative_error
 
 NAMES = ("tokens", "mask", "labels", "weights")
@@ -248,25 +248,3 @@ def test_scores_equal_a_forward_pass_in_numpy(x64):
     log_p = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
     picked = np.take_along_axis(np.asarray(log_p), np.asarray(found["labels"])[..., None], -1)
     np.testing.assert_allclose(value, -picked[:, :4].mean(), rtol=1e-10)
-
-
-def test_attention_equals_that_of_torch(x64):
-    torch = pytest.importorskip("torch", reason="needs PyTorch: make parity installs it")
-    rng = np.random.default_rng(0)
-    x, mask = rng.standard_normal((2, 5, 8)), np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
-    layer = random_params(masked_lm, SHAPE)["blocks"]["attn"]
-    weights = jax.tree.map(lambda leaf: leaf[0], layer)
-    ours = attention.attend(
-        SHAPE, weights, jnp.asarray(x), attention.visible(False, jnp.asarray(mask), 5)
-    )
-    theirs = torch.nn.MultiheadAttention(8, SHAPE.heads, batch_first=True, dtype=torch.float64)
-    names = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
-    qkv, out = ({k: np.array(v) for k, v in weights[name].items()} for name in ("qkv", "out"))
-    copied = (qkv["kernel"].T, qkv["bias"], out["kernel"].T, out["bias"])
-    copies = zip(names, map(torch.tensor, copied), strict=True)
-    theirs.load_state_dict(dict(copies))
-    with torch.no_grad():
-        rows = torch.tensor(x)
-        expected, _ = theirs(rows, rows, rows, key_padding_mask=torch.tensor(mask == 0))
-    present = mask == 1
-    np.testing.assert_allclose(np.asarray(ours)[present], expected.numpy()[present], rtol=1e-10)

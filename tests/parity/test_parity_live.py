@@ -1,11 +1,12 @@
 """jmeta's language models against transformers in PyTorch, live: ``make parity``."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import parity_cases as parity
 import pytest
 
-from jmeta.models import peft, pretrained
+from jmeta.models import attention, masked_lm, peft, pretrained
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: make parity installs it")
 
@@ -110,3 +111,25 @@ def test_minilm_round_trip(tmp_path):
     worst = np.abs(parity.embed_minilm(folder, arrays) - theirs).max()
     print("minilm", worst)
     assert worst <= 2e-5
+
+
+def test_attention_equals_that_of_torch(x64):
+    rng = np.random.default_rng(0)
+    x, mask = rng.standard_normal((2, 5, 8)), np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    shape = masked_lm.config(vocab=11, width=8, layers=1, heads=2, max_len=6, ff=12)
+    layer = masked_lm.init(shape, jax.random.key(0))["blocks"]["attn"]
+    weights = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape[1:])), layer)
+    ours = attention.attend(
+        shape, weights, jnp.asarray(x), attention.visible(False, jnp.asarray(mask), 5)
+    )
+    theirs = torch.nn.MultiheadAttention(8, shape.heads, batch_first=True, dtype=torch.float64)
+    names = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
+    qkv, out = ({k: np.array(v) for k, v in weights[name].items()} for name in ("qkv", "out"))
+    copied = (qkv["kernel"].T, qkv["bias"], out["kernel"].T, out["bias"])
+    copies = zip(names, map(torch.tensor, copied), strict=True)
+    theirs.load_state_dict(dict(copies))
+    with torch.no_grad():
+        rows = torch.tensor(x)
+        expected, _ = theirs(rows, rows, rows, key_padding_mask=torch.tensor(mask == 0))
+    present = mask == 1
+    np.testing.assert_allclose(np.asarray(ours)[present], expected.numpy()[present], rtol=1e-10)
