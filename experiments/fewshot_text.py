@@ -1,4 +1,4 @@
-"""Few-shot text classification on unseen classes: exact MAML beside eleven other ways (make demo).
+"""Few-shot text classification on unseen classes: exact MAML beside twelve other ways (make demo).
 
 A network is trained jointly on half of the training classes; its body is then frozen, and every
 method goes on from there on the other half. All are scored on the same episodes of test classes.
@@ -82,8 +82,9 @@ class Config(configuration.RunConfig):
     """Inner steps in meta-training; their number at test is chosen on validation classes."""
     outer_lr: float = 1e-3
     """Adam's rate at the start of a cosine decay, of maml, fomaml and anil."""
-    reptile_lr: float = 0.1
-    """Reptile's step towards the adapted weights, at the start of a cosine decay."""
+    reptile_lr: float = 1e-3
+    """Reptile's step towards the adapted weights, at the start of a cosine decay. Of 0.1, 0.01 and
+    0.001 the demo's validation classes prefer the last (0.803, 0.822 and 0.826)."""
     evaluations: int = 4
     """How often validation looks at a method while it trains; the best look is kept."""
     validation_episodes: int = 100
