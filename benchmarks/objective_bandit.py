@@ -45,6 +45,11 @@ class Config(configuration.RunConfig):
     measurement_noise: float = 0.02
     """Standard deviation of a measurement on data drawn anew; measured in pairs there is none."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resume:
+            raise ValueError("resume: this benchmark is one piece and keeps nothing to go on from")
+
 
 PRESETS = {"full": Config(seeds=20), "smoke": Config(seeds=2, windows=20)}
 

@@ -55,9 +55,9 @@ class Config(DecoderConfig):
     """Processes that measure one after the other: where the arrays happen to lie decides 10 %."""
     compilers: int = 1
     """Programs compiled at a time; with more than one, their compile seconds mean nothing."""
-    growth: bool = True
+    growth: bool | None = None
     """Also compile mixed mode at 16 and 64 inner steps and report how its memory grows, and run
-    the nested one at 128."""
+    the nested one at 128. None: with model=lm, the only one that can."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,6 +70,10 @@ class Config(DecoderConfig):
             raise ValueError(
                 f"{', '.join(changed)}: of the decoder, and this is model={self.model}: leave "
                 "them out"
+            )
+        if self.model != "lm" and self.growth:
+            raise ValueError(
+                f"growth: of the decoder's memory, and this is model={self.model}: leave it out"
             )
 
 
@@ -94,8 +98,8 @@ PRESETS = {
             "unrolled",
         ),
     ),
-    "mlp": Config(model="mlp", steps=(1, 5, 10), repeats=15, growth=False),
-    "conv": Config(model="conv", steps=(1, 5), repeats=5, growth=False),
+    "mlp": Config(model="mlp", steps=(1, 5, 10), repeats=15),
+    "conv": Config(model="conv", steps=(1, 5), repeats=5),
     "smoke": Config(steps=(2,), repeats=1, processes=1, growth=False, small=True),
 }
 
@@ -367,7 +371,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     for steps in config.steps:
         rows += over_processes(config, steps)
-    if config.growth and config.model == "lm":
+    if config.model == "lm" and config.growth is not False:
         rows += growth(config)
     write(config, rows)
 

@@ -132,9 +132,9 @@ def adaptation(config: Any, seeds: Sequence[Seed]) -> Figure:
             shown = slice(1, None) if len(steps) > 1 else slice(None)
             drawn[name] = (steps[shown], [point.mean for point in points][shown], half[shown])
     return (
-        "Query accuracy on test classes after inner steps on the support. Inner rates are chosen on "
-        "validation classes: for what is meta-trained once, before its training, by the joint "
-        "start; for the others in the end. Bands are 95 % intervals over "
+        "Query accuracy on test classes after inner steps on the support. Inner rates are chosen "
+        "on validation classes: for what is meta-trained before its training, by the joint start; "
+        "for the others in the end. Bands are 95 % intervals over "
         f"{'seeds' if len(seeds) > 1 else 'episodes'}. What takes no steps is dotted. With no step "
         f"every adapted method is at chance, {1 / config.ways:.2f}.",
         figures.adaptation_curves(

@@ -66,6 +66,13 @@ def x64():
 
 
 @pytest.fixture
+def standard_promotion():
+    """Optax's bias correction mixes dtypes in float64; jmeta itself stays strict."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
 def jmeta_data() -> pathlib.Path:
     """The folder of optional real data sets, named by JMETA_DATA."""
     folder = os.environ.get("JMETA_DATA")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import optax
 
 from jmeta.core.types import Array, PyTree
@@ -29,7 +33,7 @@ def updated(
         ``(updates, next_state)``.
 
     Raises:
-        TypeError: the optimizer wants to evaluate the loss elsewhere, as a line search does.
+        TypeError: the optimizer wants to evaluate the objective itself, as a line search does.
 
     Example:
         >>> import jax.numpy as jnp
@@ -40,12 +44,27 @@ def updated(
     """
     told = optax.with_extra_args_support(optimizer)
     try:
-        return told.update(grads, opt_state, fast, value=loss, grad=grads)
-    except TypeError as error:
-        if "value_fn" not in str(error):
+        return told.update(grads, opt_state, fast, **_taken(told.update, value=loss, grad=grads))
+    except (TypeError, ValueError) as error:
+        if "value_fn" in str(error):
+            raise TypeError(
+                "this optimizer is a line search: it asks for value_fn, to evaluate the loss at "
+                "weights of its own choice, and how many it takes has no derivative. Use a fixed "
+                "or learned rate, or optax.polyak_sgd, whose step size follows from the loss"
+            ) from error
+        asked = [name for name in ("grad_fn", "obj_fn") if name in str(error)]
+        if not asked:
             raise
         raise TypeError(
-            "this inner optimizer is a line search: it asks for value_fn, to evaluate the loss at "
-            "weights of its own choice, and how many it takes has no derivative. Use a fixed or "
-            "learned rate, or optax.polyak_sgd, whose step size follows from the loss"
+            f"this optimizer asks for {asked[0]}, to evaluate the objective itself, and a step "
+            "has the loss and its gradient at the present weights alone. Use one that needs no "
+            "more; optax.contrib.sam does without opaque_mode"
         ) from error
+
+
+def _taken(update: Callable[..., Any], **offered: Any) -> dict[str, Any]:
+    """What an update takes of what it is offered; some that take extras name them all."""
+    parameters = inspect.signature(update).parameters
+    if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values()):
+        return offered
+    return {name: value for name, value in offered.items() if name in parameters}

@@ -16,6 +16,7 @@ import optax
 
 from jmeta.core.tree import path_name
 from jmeta.core.types import Array, Info, MetaGradient, PyTree
+from jmeta.core.updates import updated
 
 _ESTIMATOR_KEY = 2**32 - 1  # folded in for the estimator's init; no outer step reaches it
 
@@ -226,9 +227,7 @@ def advance(
     grads, estimator_state, info = mg.estimate(state.meta, state.estimator_state, episodes, key)
     grads = jax.tree.map(lambda grad, leaf: grad.astype(leaf.dtype), grads, state.meta)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes, even in adam
-        updates, opt_state = optax.with_extra_args_support(outer_optimizer).update(
-            grads, state.opt_state, state.meta, value=info.loss
-        )
+        updates, opt_state = updated(outer_optimizer, grads, state.opt_state, state.meta, info.loss)
         meta = optax.apply_updates(state.meta, updates)
     after = TrainState(
         state.step + 1, meta, _strong(opt_state), _strong(estimator_state), state.key

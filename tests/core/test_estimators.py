@@ -267,13 +267,6 @@ OPTIMIZERS = {
 }
 
 
-@pytest.fixture
-def standard_promotion():
-    """Optax's bias correction mixes dtypes in float64; jmeta itself stays strict."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize(
     ("optimizer", "keyed", "remats"),
@@ -366,15 +359,6 @@ def test_the_loss_before_the_step_is_what_an_optimizer_is_told(as_rate):
     for make in exact if as_rate else (*exact, jmeta.first_order):
         grads = grads_of(make(problem, 2), theta, episode)
         assert relative_error(grads, slope) < 1e-12
-
-
-@pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("make", [jmeta.unrolled, jmeta.mixed_mode])
-def test_a_line_search_is_refused_in_plain_words(make):
-    search = optax.chain(optax.sgd(0.1), optax.scale_by_backtracking_linesearch(5))
-    q = quadratic()
-    with pytest.raises(TypeError, match="is a line search: it asks for value_fn"):
-        grads_of(make(q.problem._replace(optimizer=lambda meta: search), 2), q.meta, q.episode)
 
 
 @pytest.mark.parametrize(

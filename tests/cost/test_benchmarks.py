@@ -13,6 +13,7 @@ import pytest
 from benchmarks import (
     auto,
     cost_page,
+    objective_bandit,
     peers,
     peers_jax,
     peers_problems,
@@ -154,11 +155,14 @@ def test_what_would_have_no_effect_is_refused():
         ({"resume": True}, "one piece"),
         ({"model": "mlp", "width": 8}, "width: of the decoder, and this is model=mlp"),
         ({"model": "mlp", "small": True}, "small: of the decoder"),
+        ({"model": "conv", "growth": True}, "growth: of the decoder's memory"),
     ):
         with pytest.raises(ValueError, match=message):
             second_order_cost.Config(**changes)
     assert second_order_cost.Config(model="conv", small=True).small
     assert peers.Config(resume=True).resume
+    with pytest.raises(ValueError, match="resume: this benchmark is one piece"):
+        objective_bandit.Config(resume=True)
 
 
 def test_pieces_of_other_settings_are_not_joined(tmp_path):
