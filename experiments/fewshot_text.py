@@ -38,8 +38,9 @@ from jmeta.runtime import config as configuration
 from jmeta.runtime import distributed
 from jmeta.tasks.corpora import SPLITS, stdlib_passages
 from jmeta.tasks.episodes import FewShot, at_least, episodes, split_classes
-from jmeta.tasks.labelled_text import labelled_text
+from jmeta.tasks.labelled_text import KNOWN, labelled_text
 
+STDLIB = "stdlib"
 META = ("maml", "fomaml", "reptile", "anil")
 
 
@@ -47,9 +48,15 @@ META = ("maml", "fomaml", "reptile", "anil")
 class Config(configuration.RunConfig):
     """Few-shot text classification on unseen classes, with exact MAML and its alternatives."""
 
-    source: str = "stdlib"
-    """stdlib (passages of Python's standard library), clinc150, banking77, huffpost, hwu64, or a
-    file with the columns text and label."""
+    source: str = STDLIB
+    """stdlib (passages of Python's standard library), clinc150, banking77, huffpost, hwu64, a file
+    of texts and labels, or a name on the Hugging Face hub."""
+    text_column: str = "text"
+    """The column of texts, of a source that is a file or on the hub."""
+    label_column: str = "label"
+    """The column of labels there."""
+    source_config: str | None = None
+    """The configuration there."""
     ways: int = 5
     """Classes per episode."""
     shots: int = 5
@@ -97,6 +104,12 @@ class Config(configuration.RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "evaluations")
+        columns = (self.text_column, self.label_column, self.source_config)
+        if self.source in (STDLIB, *KNOWN) and columns != ("text", "label", None):
+            raise ValueError(
+                f"text_column, label_column and source_config are of a file or a name on the hub; "
+                f"those of {self.source} are known: leave them out"
+            )
         if gradient_evaluations(self, "maml") % self.joint_batch:
             raise ValueError(
                 f"transfer cannot take exactly {gradient_evaluations(self, 'maml')} gradient "
@@ -138,10 +151,13 @@ PRESETS = {
 def load(config: Config) -> dict[str, FewShot]:
     """The sources by split, without classes that are too small for an episode."""
     least = config.shots + max(config.queries, config.test_queries)
-    if config.source == "stdlib":
+    if config.source == STDLIB:
         found = stdlib_passages(length=config.length, vocab=config.vocab, min_passages=least)
     else:
-        found = labelled_text(config.source, length=config.length, vocab=config.vocab)
+        found = labelled_text(
+            config.source, text_column=config.text_column, label_column=config.label_column,
+            config=config.source_config, length=config.length, vocab=config.vocab,
+        )  # fmt: skip
     return {split: at_least(found[split], least) for split in SPLITS}
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jmeta.data.cache import cache_key
-from jmeta.data.sources import Columns, from_datasets
+from jmeta.data.sources import Columns, DataUnavailable, from_datasets
 from jmeta.files import cache_dir
 from jmeta.tasks import rows
 from jmeta.tasks.bpe import cached_bpe, encode
@@ -150,14 +150,20 @@ def _read(
         columns = from_datasets(source, split=split, config=config)
         label = f"{label}_name" if f"{label}_name" in columns else label
         return (*_columns(columns, text, label, source), None)
-    folder = Path(os.environ.get("JMETA_DATA", ""))
-    if os.environ.get("JMETA_DATA") and (folder / known.file).exists():
+    folder = Path(os.environ.get("JMETA_DATA") or "$JMETA_DATA")
+    if (folder / known.file).exists():
         columns = from_datasets(folder / known.file, split=split)
         texts, labels = _columns(columns, known.text, known.label, source)
         published = _published(folder / "fewshot" / "class_splits.json", known.splits)
     else:
         hub, hub_config, hub_split, text, label = known.hub
-        columns = from_datasets(hub, split=split or hub_split, config=config or hub_config)
+        try:
+            columns = from_datasets(hub, split=split or hub_split, config=config or hub_config)
+        except DataUnavailable as error:
+            unset = "" if os.environ.get("JMETA_DATA") else ", and JMETA_DATA is not set"
+            raise DataUnavailable(
+                f"{source}: there is no file {folder / known.file}{unset}. {error}"
+            ) from error
         texts, labels = _columns(columns, text, label, source)
         published = None
     kept = [i for i, name in enumerate(labels) if name not in known.dropped]

@@ -126,6 +126,28 @@ def test_resuming_reads_what_is_complete_and_gives_the_same_numbers(smoke):
     assert accuracies(smoke) == before
 
 
+def test_a_file_of_other_columns_is_read_and_named_sources_have_theirs(tmp_path):
+    words = ["red", "green", "blue", "white"]
+    rows = [f"{words[c % 4]} {i} text,c{c}" for c in range(30) for i in range(8)]
+    file = tmp_path / "own.csv"
+    file.write_text("\n".join(("sentence,topic", *rows)) + "\n")
+    asked = {"text_column": "sentence", "label_column": "topic"}
+    config = dataclasses.replace(
+        fewshot_text.PRESETS["smoke"], source=str(file), test_queries=3, **asked
+    )
+    found = fewshot_text.load(config)
+    assert sorted(name for each in found.values() for name in each.names) == sorted(
+        f"c{c}" for c in range(30)
+    )
+    with pytest.raises(ValueError, match=r"has no column 'text'; its columns are .*sentence"):
+        fewshot_text.load(dataclasses.replace(config, text_column="text"))
+    for source in ("stdlib", "clinc150"):
+        with pytest.raises(ValueError, match=f"those of {source} are known: leave them out"):
+            dataclasses.replace(config, source=source)
+    with pytest.raises(ValueError, match="those of stdlib are known"):
+        fewshot_text.Config(source_config="plus")
+
+
 def test_unknown_flags_and_sources_end_with_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit) as flag:
         fewshot_text.main(["--preset", "smoke", "--inner-stpes", "3"])

@@ -149,6 +149,26 @@ def test_a_known_name_without_data_says_what_to_do(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("folder", "said"),
+    [
+        (
+            "",
+            r"there is no file \$JMETA_DATA/intent/clinc150.parquet, and JMETA_DATA is not",
+        ),
+        ("here", "clinc150: there is no file here/intent/clinc150.parquet. the hub is away"),
+    ],
+)
+def test_a_known_name_says_which_file_it_looked_for(folder, said, monkeypatch):
+    def away(*_, **__):
+        raise DataUnavailable("the hub is away")
+
+    monkeypatch.setenv("JMETA_DATA", folder)
+    monkeypatch.setattr("jmeta.tasks.labelled_text.from_datasets", away)
+    with pytest.raises(DataUnavailable, match=said):
+        labelled_text("clinc150")
+
+
+@pytest.mark.parametrize(
     ("name", "train", "validation", "test"),
     [
         ("clinc150", 50, 50, 50),
