@@ -13,6 +13,8 @@ from benchmarks.peers_jax import PLAIN
 
 JUDGED = ("mixed_mode, block remat", "unrolled", "mixed_mode, products kept", "mixed_mode, nested")
 WRITTEN_OUT = "unrolled, written out"  # all kept, and nothing stacked: the least work there is
+LOOPED = "unrolled, layers looped"
+FIRST, PLAIN_MIXED = "first_order", "mixed_mode"  # both with layers looped, nothing recomputed
 LORA_FIRST = "LoRA, first order"
 LORA = ("LoRA, mixed_mode", "LoRA, mixed_mode, products kept")
 # The float64 gradient where the weights differ by float32's rounding.
@@ -83,6 +85,19 @@ def bars(rows: Sequence[dict[str, Any]]) -> list[str]:
         (lean, "memory / unrolled without remat", over(lean, "temp_bytes"), 0.06),
         (lean, "time / first order", value[lean, "seconds x"], 4.2),
     ]
+    # Reverse mode is leaner where layers are looped, and leanest where steps are written out too.
+    lines += [
+        (chosen, f"memory / {other}", over(chosen, "temp_bytes", other), 0.09)
+        for other in (LOOPED, WRITTEN_OUT)
+        if other in names
+    ]
+    if PLAIN_MIXED in names and FIRST in names:
+        same = over(PLAIN_MIXED, "compile_seconds", FIRST)
+        lines += [
+            (PLAIN_MIXED, "compile time / first order of the same network", same, 3.0),
+            (PLAIN_MIXED, "compile time / first order, the least of any network",
+             value[PLAIN_MIXED, "compile_seconds x"], 3.0),
+        ]  # fmt: skip
     if WRITTEN_OUT in names:
         lines.append((WRITTEN_OUT, "time / first order", value[WRITTEN_OUT, "seconds x"], 2.9))
     for plain in PLAIN:

@@ -23,8 +23,10 @@ from jmeta.models import transformer
 SECONDS = {"unrolled": 10.0, "mixed_mode, block remat": 5.0, "mixed_mode, products kept": 4.0,
            "mixed_mode, nested": 6.0, "JAX, grad of a loop": 9.0, "JAX, grad of a scan": 8.5,
            "LoRA, first order": 1.0, "LoRA, mixed_mode": 3.4,
-           "LoRA, mixed_mode, products kept": 3.0, "unrolled, written out": 5.6}  # fmt: skip
+           "LoRA, mixed_mode, products kept": 3.0, "unrolled, written out": 5.6,
+           "unrolled, layers looped": 8.0, "first_order": 2.0, "mixed_mode": 4.5}  # fmt: skip
 BYTES = {"unrolled": 1000, "mixed_mode, block remat": 70, "mixed_mode, nested": 50,
+         "unrolled, written out": 900, "unrolled, layers looped": 950,
          "JAX, grad of a loop": 900, "JAX, grad of a scan": 950}  # fmt: skip
 
 
@@ -44,6 +46,7 @@ def rows_of(**changed):
                 "seconds x": seconds / 2.0,
                 "temp_bytes x": size / 20,
                 "compile_seconds x": 2.0,
+                "compile_seconds": 2.0 if method == "first_order" else 5.0,
                 "error": 1e-6 if method != judged.LORA_FIRST else 0.5,
             }
             for metric, value in values.items():
@@ -70,6 +73,15 @@ def test_ratios_to_plain_jax_and_of_lora_have_lines_of_their_own():
     assert "mixed_mode, products kept: time / unrolled without remat 0.400 (bar 0.45: holds)" in (
         lines
     )
+    assert "mixed_mode, block remat: memory / unrolled, layers looped 0.074 (bar 0.09: holds)" in (
+        lines
+    )
+    assert "mixed_mode, block remat: memory / unrolled, written out 0.078 (bar 0.09: holds)" in (
+        lines
+    )
+    assert (
+        "mixed_mode: compile time / first order of the same network 2.500 (bar 3.0: holds)" in lines
+    )
     assert len(missed(lines)) == 1
 
 
@@ -92,7 +104,7 @@ def test_rows_that_were_left_out_are_not_judged():
     every = rows_of()
     plain = [row for row in every if row["method"] not in ("unrolled",)]
     assert judged.bars(plain) == []
-    more = ("LoRA", "JAX", "unrolled, written")
+    more = ("LoRA", "JAX", "unrolled, written", "unrolled, layers", "first_order")
     without = [row for row in every if not row["method"].startswith(more)]
     assert len(judged.bars(without)) == 10
     assert not any("LoRA" in line or "JAX" in line for line in judged.bars(without))
@@ -109,7 +121,7 @@ def test_the_long_run_is_said_to_be_finite_or_not(finite, verdict):
 
 def test_the_error_of_the_exact_rows_is_held_to():
     [line] = judged.errors(rows_of())
-    assert line.startswith("lm, 8 inner steps: float32 error against float64 of 9 exact rows, ")
+    assert line.startswith("lm, 8 inner steps: float32 error against float64 of 11 exact rows, ")
     assert line.endswith("(bar 1e-05: holds)")
     worse = rows_of(**{"unrolled|error": 2e-5, "mixed_mode, nested|error": float("nan")})
     [line] = judged.errors(worse)
@@ -125,7 +137,7 @@ def test_what_rounding_the_weights_does_is_said_beside_the_error():
         "unrolled 2.0e-05; rounding weights and data alone moves the gradient by 4.0e-04 (bar"
         in line
     )
-    assert "of 9 exact rows" in line
+    assert "of 11 exact rows" in line
 
 
 def test_a_gradient_with_kinks_is_known_no_better_than_its_weights():
