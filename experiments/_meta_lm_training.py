@@ -28,6 +28,7 @@ from jmeta.data.loader import episode_loader
 from jmeta.methods import check_teacher
 from jmeta.models import masked_lm
 from jmeta.runtime import checkpoint, distributed
+from jmeta.runtime.parameters import save_params
 from jmeta.runtime.train import TrainState, as_stages, init_state
 from jmeta.tasks.feeding import over_windows, text_batches
 from jmeta.tasks.text import best_tokens, class_scores, decode_classes, decode_spans
@@ -84,7 +85,8 @@ def check(config: Any, data: Data, names: list[str]) -> dict[str, Method]:
 class Looking:
     """Evaluations of the student while ``fit`` trains what teaches it; kept beside its metrics.
 
-    ``looks.jsonl`` has a row of numbers for each, ``panels.jsonl`` of a teacher what it writes.
+    ``looks.jsonl`` has a row of numbers for each, ``panels.jsonl`` of a teacher what it writes, and
+    ``teacher-best.safetensors`` the one whose student had the least held-out loss of MLM.
     """
 
     def __init__(self, data: Data, method: Method, score: HeldOut, folder: Path, every: int):
@@ -95,6 +97,7 @@ class Looking:
         read = data_of.unlabelled(data.validation, data.words)
         self.read = {k: jnp.asarray(read[k][:_MONITORED]) for k in ("tokens", "mask", "ordinary")}
         self.monitor = jax.jit(method.monitor)
+        self.best = folder / "teacher-best.safetensors"
         self.looks = _Rows(folder / "looks.jsonl")
         self.panels = _Rows(folder / "panels.jsonl")
 
@@ -108,6 +111,11 @@ class Looking:
         row |= {name: float(f"{float(value):.6g}") for name, value in found.items()}
         self.looks.add(row)
         if self.write is not None:
+            *earlier, _ = self.looks.rows
+            if all(row["loss"] < each["loss"] for each in earlier):
+                meta = distributed.own_copy(state.meta)
+                if distributed.is_writer():
+                    save_params(self.best, meta, row)
             self.panels.add({"step": row["step"], "panel": self.panel(state.meta)})
 
     def panel(self, meta: PyTree) -> str:

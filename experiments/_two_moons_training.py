@@ -27,6 +27,7 @@ from experiments._two_moons_methods import Method, Skipping, network
 from jmeta import methods
 from jmeta.core.types import Array, Info, PyTree
 from jmeta.runtime import checkpoint, distributed
+from jmeta.runtime.parameters import save_params
 from jmeta.runtime.train import TrainState
 
 _TOGETHER = 50  # validation sequences that a student reads at a time
@@ -39,11 +40,13 @@ class Kept(NamedTuple):
     Attributes:
         states: the training states.
         best: the student with the least validation loss of MLM so far.
+        best_meta: what taught it.
         best_loss: that loss, ``[seeds]``.
     """
 
     states: TrainState
     best: PyTree
+    best_meta: PyTree
     best_loss: Array
 
 
@@ -80,7 +83,8 @@ def pretrain(config: Any, data: Data, name: str, method: Method, folder: Path) -
         name: the method's name.
         method: the method.
         folder: for its checkpoints, metrics.jsonl and, of teachers, panels.jsonl: at each
-            evaluation what the first seed's teacher reads and writes.
+            evaluation what the first seed's teacher reads and writes; and in the end
+            teachers.safetensors, of all seeds those that taught ``latest`` and ``best``.
 
     Returns:
         The students and the history.
@@ -146,6 +150,9 @@ def pretrain(config: Any, data: Data, name: str, method: Method, folder: Path) -
     latest = jax.vmap(method.student)(kept.states.meta, kept.states.estimator_state)
     seconds = before + time.monotonic() - begun
     panel = show(kept.states.meta)
+    if method.panel is not None and distributed.is_writer():
+        teachers = {"latest": kept.states.meta, "best": kept.best_meta}
+        save_params(folder / "teachers.safetensors", teachers, {"seeds": seeds, "method": name})
     return Pretrained(latest, kept.best, kept.states.meta, history, panel, seconds)
 
 
@@ -217,7 +224,7 @@ def _begin(config: Any, method: Method) -> Kept:
         start, run = jax.random.split(key)
         state = trainer.init(method.start(start), run)
         student = method.student(state.meta, state.estimator_state)
-        return Kept(state, student, jnp.float32(jnp.inf))
+        return Kept(state, student, state.meta, jnp.float32(jnp.inf))
 
     keys = jnp.stack([jax.random.key(seed) for seed in config.seed_list])
     # Several processes do the same: the seeds are a batch of one program, too small to be split.
@@ -254,12 +261,13 @@ def _programs(
         student = method.student(state.meta, state.estimator_state)
         mlm = scores(student, held_out)
         better = mlm["loss"] < kept.best_loss
-        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), student, kept.best)
+        now, before = (student, state.meta), (kept.best, kept.best_meta)
+        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), now, before)
         numbers = {f"mlm_{key}": value for key, value in mlm.items()}
         numbers |= method.monitor(state.meta, read)
         if isinstance(state.opt_state, Skipping):
             numbers["skipped"] = state.opt_state.skipped / state.step  # of all steps so far
-        return Kept(state, best, jnp.where(better, mlm["loss"], kept.best_loss)), numbers
+        return Kept(state, *best, jnp.where(better, mlm["loss"], kept.best_loss)), numbers
 
     return jax.jit(run, donate_argnums=0), jax.jit(jax.vmap(one))
 

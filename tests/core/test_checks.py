@@ -1,5 +1,5 @@
 """What is wrong with a problem is said when it is built or first traced, in the user's words."""
-# ruff: noqa: E731, RUF043, PT017
+# ruff: noqa: E731, RUF043
 
 import jax
 import jax.numpy as jnp

@@ -20,6 +20,7 @@ from experiments import meta_lm
 from jmeta.data.sources import DataUnavailable
 from jmeta.methods import two_head_loss
 from jmeta.models import masked_lm, teacher_lm
+from jmeta.runtime import parameters
 from jmeta.runtime.report import read_results
 from jmeta.tasks import superglue
 from jmeta.tasks.text import Example
@@ -299,13 +300,14 @@ def test_a_panel_for_each_evaluation_and_none_twice_after_an_interruption(config
     """The teacher replaces every token by its meta-parameter: a panel tells which it was."""
 
     def write(meta, batch, key):
-        tokens = jnp.full_like(batch["tokens"], meta.astype(int))
+        tokens = jnp.full_like(batch["tokens"], meta["token"].astype(int))
         return {"tokens": tokens, "labels": batch["tokens"], "weights": batch["mask"]}
 
     method = methods_of.build(config, data, "mask-only")._replace(
-        student=lambda meta, state: meta, student_steps=2,
-        monitor=lambda meta, batch: {"rate": meta}, write=write,
+        student=lambda meta, state: meta["token"], student_steps=2,
+        monitor=lambda meta, batch: {"rate": meta["token"]}, write=write,
     )  # fmt: skip
+    of = lambda token: {"token": jnp.float32(token)}  # noqa: E731
 
     def begin(method=method):
         score = lambda student, held_out: {"loss": student}  # noqa: E731
@@ -313,7 +315,7 @@ def test_a_panel_for_each_evaluation_and_none_twice_after_an_interruption(config
 
     def train(looking, first, last, meta):
         for step in range(first, last + 1):
-            looking(step, types.SimpleNamespace(meta=jnp.float32(meta), estimator_state=()), None)
+            looking(step, types.SimpleNamespace(meta=of(meta), estimator_state=()), None)
 
     def rows(name):
         return [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
@@ -321,17 +323,24 @@ def test_a_panel_for_each_evaluation_and_none_twice_after_an_interruption(config
     interrupted = begin()
     train(interrupted, 1, 13, 40.0)
     assert [row["step"] for row in rows("panels.jsonl")] == [10, 20]
-    assert rows("panels.jsonl")[0]["panel"] == interrupted.panel(jnp.float32(40))
+    assert rows("panels.jsonl")[0]["panel"] == interrupted.panel(of(40))
     assert len(rows("panels.jsonl")[0]["panel"].splitlines()) == 9  # three lines for each window
     resumed = begin()  # from the checkpoint of step 5
     train(resumed, 6, 15, 50.0)
     for name in ("panels.jsonl", "looks.jsonl"):
         assert [row["step"] for row in rows(name)] == [10, 20, 30]
     wrote = [row["panel"] for row in rows("panels.jsonl")]
-    first, later = (resumed.panel(jnp.float32(meta)) for meta in (40, 50))
+    first, later = (resumed.panel(of(meta)) for meta in (40, 50))
     assert wrote == [first, later, later]
     assert first != later
     assert [row["loss"] for row in resumed.looks.rows] == [40, 50, 50]
+    # Kept is the teacher whose student has the least loss so far.
+    kept, told = parameters.load_params(tmp_path / "teacher-best.safetensors")
+    assert (float(kept["token"]), told["step"]) == (40, 10)
+    train(resumed, 16, 20, 30.0)
+    train(resumed, 21, 25, 45.0)
+    kept, told = parameters.load_params(tmp_path / "teacher-best.safetensors")
+    assert (float(kept["token"]), told["step"], told["loss"]) == (30, 40, 30)
     # MLM has none.
     (tmp_path / "panels.jsonl").unlink()
     train(begin(method._replace(write=None)), 1, 5, 40.0)

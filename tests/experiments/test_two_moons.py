@@ -18,6 +18,7 @@ from experiments import _two_moons_report as page
 from experiments import _two_moons_training as training
 from experiments import _two_moons_tuning as tuning
 from experiments import two_moons
+from jmeta.runtime import parameters
 from jmeta.runtime.report import markdown_table, read_results, write_results
 from jmeta.runtime.statistics import summarise
 
@@ -301,6 +302,9 @@ def test_a_killed_method_with_state_goes_on_bit_for_bit(data, tmp_path, monkeypa
         pair = (jax.tree.leaves(getattr(each, part)) for each in (uninterrupted, resumed))
         for one, other in zip(*pair, strict=True):
             np.testing.assert_array_equal(one, other)
+    kept = [parameters.load_params(each / "teachers.safetensors")[0] for each in (whole, cut)]
+    jax.tree.map(np.testing.assert_array_equal, *kept)
+    jax.tree.map(np.testing.assert_array_equal, kept[0]["latest"], resumed.meta)
     timed = [[{**row, "seconds": 0} for row in each.history] for each in (uninterrupted, resumed)]
     assert timed[0] == timed[1]
     assert [row["step"] for row in rows(cut, "metrics.jsonl")] == [2, 4, 6, 8]
@@ -320,6 +324,26 @@ def test_a_killed_method_with_state_goes_on_bit_for_bit(data, tmp_path, monkeypa
 
     monkeypatch.setattr(training.checkpoint, "restore", without_panels)
     assert training.pretrain(resume, data, "input-only hard", method, whole).panel == resumed.panel
+
+
+def test_the_teacher_of_the_best_student_is_kept(data, tmp_path, monkeypatch):
+    smoke = dataclasses.replace(two_moons.PRESETS["smoke"], methods=("mask-only",), evaluations=4)
+    method = methods_of.build(smoke, data, "mask-only")
+    metas, save = [], training.checkpoint.save
+    monkeypatch.setattr(
+        training.checkpoint, "save", lambda manager, step, tree, **more: (
+            metas.append(jax.tree.map(np.asarray, tree.states.meta)),
+            save(manager, step, tree, **more),
+        ),
+    )  # fmt: skip
+    found = training.pretrain(smoke, data, "mask-only", method, tmp_path)
+    kept, told = parameters.load_params(tmp_path / "teachers.safetensors")
+    assert told == {"seeds": [0, 1], "method": "mask-only"}
+    for seed in (0, 1):
+        losses = [row[f"mlm_loss_seed{seed}"] for row in found.history]
+        for name, at in (("best", int(np.argmin(losses))), ("latest", 3)):
+            pairs = zip(jax.tree.leaves(kept[name]), jax.tree.leaves(metas[at]), strict=True)
+            assert all((one[seed] == other[seed]).all() for one, other in pairs), name
 
 
 def test_a_label_outside_the_vocabulary_ends_the_experiment_before_anything_compiles(
