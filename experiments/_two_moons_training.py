@@ -262,12 +262,13 @@ def _programs(
         mlm = scores(student, held_out)
         better = mlm["loss"] < kept.best_loss
         now, before = (student, state.meta), (kept.best, kept.best_meta)
-        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), now, before)
+        best, taught = jax.tree.map(lambda new, old: jnp.where(better, new, old), now, before)
         numbers = {f"mlm_{key}": value for key, value in mlm.items()}
         numbers |= method.monitor(state.meta, read)
         if isinstance(state.opt_state, Skipping):
             numbers["skipped"] = state.opt_state.skipped / state.step  # of all steps so far
-        return Kept(state, *best, jnp.where(better, mlm["loss"], kept.best_loss)), numbers
+        least = jnp.where(better, mlm["loss"], kept.best_loss)
+        return Kept(state, best, taught, least), numbers
 
     return jax.jit(run, donate_argnums=0), jax.jit(jax.vmap(one))
 
