@@ -172,7 +172,7 @@ PRESETS = {
     ),
     "paper": Config(
         corpus="wikimedia/wikipedia", corpus_config="20231101.en", vocab=30_000, positions=128,
-        width=256, layers=6, heads=4, vocab_chunk=4096, remat=True,
+        width=256, layers=6, heads=4, vocab_chunk=1000, remat=True,
         # 300 epochs of 20,000 samples, 64 to a step.
         steps=93_750, batch=16, micro_batches=4, tasks_per_batch=1, samples_per_task=16,
         warmup=10_000, finetune_steps=40_000, evaluations=50, validation_windows=1024,
