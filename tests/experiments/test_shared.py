@@ -1,6 +1,7 @@
 """What experiments share: a run folder belongs to one set of settings."""
 
 import dataclasses
+import signal
 from types import SimpleNamespace
 
 import jax
@@ -83,6 +84,27 @@ def test_training_that_is_complete_costs_nothing_to_read_again(tmp_path):
     with pytest.raises(SystemExit, match="holds a run already: add --resume"):
         train(3, resume=False)
     assert train(3, resume=True).cpu_seconds == longer.cpu_seconds
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_a_method_ends_the_program_and_says_how_to_go_on(tmp_path, sent):
+    def train(folder, *, at=None, resume=False):
+        def tell(step, state, info):
+            if step == at:
+                signal.raise_signal(sent)
+
+        mg = methods.plain_gradient(lambda params, batch, key: ((params - batch).sum() ** 2, {}))
+        batches = fit.from_function(lambda step: Episode(None, np.full(1, step, np.float32)))
+        return train_method(
+            "a", mg, optax.sgd(0.1), jnp.ones(1), batches, tmp_path / folder, resume=resume,
+            steps=5, on_step=tell,
+        )  # fmt: skip
+
+    with pytest.raises(SystemExit, match="stopped at meta-step 2 of a: go on with --resume"):
+        train("cut", at=2)
+    whole, resumed = train("whole"), train("cut", resume=True)
+    np.testing.assert_array_equal(whole.meta, resumed.meta)
+    assert [row["step"] for row in resumed.history] == [row["step"] for row in whole.history]
 
 
 @dataclasses.dataclass(frozen=True)
