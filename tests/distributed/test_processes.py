@@ -343,7 +343,7 @@ with distributed.session("localhost:{free_port()}", 2, here):
         for child in children:
             _, said = child.communicate(timeout=150)
             assert child.returncode == 1
-            assert "process 1 begins with another 'meta/layer0/kernel' than process 0" in said
+            assert "process 1 begins with another 'meta.layer0.kernel' than process 0" in said
     finally:
         for child in children:
             child.kill()
