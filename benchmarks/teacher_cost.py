@@ -25,7 +25,7 @@ from jmeta.runtime import config as configuration
 from jmeta.runtime import statistics
 
 MLM = "MLM"
-BARS = {"soft": 7.5, "soft, auxiliary": 10.0, "input-only": 6.8}
+BARS = {"soft": 7.5, "soft, auxiliary": 10.0, "input-only": 6.8}  # in either mode
 WHOLE_GB = 1.17  # of a soft step that holds every array of [tokens, vocabulary]
 CHUNKED = "soft, mixed mode, chunks, block remat"
 
@@ -128,6 +128,8 @@ def cells(config: Config) -> dict[str, Cell]:
         "soft, auxiliary": make(soft(both, grad=reverse, auxiliary=auxiliary), data=full),
         "input-only": make(soft(inputs, grad=reverse), data=plain),
         "soft, mixed mode": make(soft(both), data=plain),
+        "soft, auxiliary, mixed mode": make(soft(both, auxiliary=auxiliary), data=full),
+        "input-only, mixed mode": make(soft(inputs), data=plain),
     }
 
 
@@ -191,7 +193,7 @@ def bars(config: Config, rows: Sequence[dict[str, Any]]) -> list[str]:
     """The bounds that the benchmark is held to, one sentence each."""
     value = {(row["method"], row["metric"]): row["value"] for row in rows if "value" in row}
     lines = []
-    for name, bar in BARS.items():
+    for name, bar in {**BARS, **{f"{name}, mixed mode": bar for name, bar in BARS.items()}}.items():
         if (name, "seconds x") in value:
             ratio, floor = value[name, "seconds x"], value[name, "flops x"]
             held = "holds" if ratio <= bar else "MISSED"
