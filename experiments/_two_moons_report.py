@@ -185,7 +185,10 @@ def draw_maps(config: Any, data: Data, found: Found) -> tuple[Path, Path]:
             maps = {name: np.asarray(each["maps"][str(n)]) for name, each in found.items()}
             for row, (name, values) in enumerate({**maps, NEIGHBOUR: near}.items()):
                 axes = all_axes[row, column]
-                axes.imshow(values.T, origin="lower", cmap="Blues", vmin=-15, vmax=115)
+                axes.imshow(
+                    values.T, origin="lower", cmap="Blues", vmin=-15, vmax=115,
+                    interpolation="none",  # in an SVG as it is, 64 x 64, and not drawn larger
+                )  # fmt: skip
                 x, y = points.cells.T
                 colour = np.where(points.labels == 1, drawing.PALETTE[4], drawing.PALETTE[1])
                 axes.scatter(x, y, s=5, c=colour, linewidths=0)
