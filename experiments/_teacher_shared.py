@@ -64,6 +64,8 @@ def named(setting: str, asked: Sequence[str], known: Sequence[str]) -> tuple[str
 def refuse_unread(config: Any, readers: dict[str, tuple[str, ...]]) -> None:
     """Refuse a setting that was changed and that no method of this call reads.
 
+    ``config.track`` finds those that were typed, too, but only when the training is over.
+
     Args:
         config: the experiment's configuration.
         readers: the methods that read a setting, by its name.
